@@ -1,0 +1,1 @@
+"""The device's side: sensors, batcher, durable buffer and uplink."""

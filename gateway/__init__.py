@@ -1,0 +1,1 @@
+"""The road between broker and lake: ingress, admission, committer, acknowledger."""

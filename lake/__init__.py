@@ -1,0 +1,1 @@
+"""Delta tables and immutable objects on one store: layout, append-once, query."""

@@ -1,0 +1,1 @@
+"""Recorded and synthetic sensors, swarms of light devices and the fault injector."""

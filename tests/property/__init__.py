@@ -1,0 +1,1 @@
+"""Hypothesis: rules that hold for every input and every schedule."""

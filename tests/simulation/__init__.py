@@ -1,0 +1,1 @@
+"""The deterministic world: seeded clocks, networks and faults."""
