@@ -1,0 +1,1 @@
+"""The device buffer: batches on disk until the lake has them."""
