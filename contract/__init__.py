@@ -5,8 +5,8 @@ implementation can be checked, are in `tests/contract/vectors/`.
 
 The promise
 -----------
-A reading that a device's buffer accepted ends up in the lake exactly once, bit for bit. Only the buffer and the lake own data;
-broker and gateway may lose everything at any moment. An acknowledgement means: committed in the lake.
+A reading that a device's buffer accepted ends up in the lake exactly once, bit for bit. Only the buffer and the lake
+own data; broker and gateway may lose everything at any moment. An acknowledgement means: committed in the lake.
 
 Words
 -----
@@ -63,26 +63,29 @@ Rules for the record batch:
 1. `ts` is `timestamp[us, tz=UTC]`, never null, at any place among the fields. Beside it stands at least one field.
 2. Field names have 1 to 128 bytes of UTF-8, no control characters, and differ by more than case. Names beginning with
    `_` and the name `date` are allowed; the lake stores them under another name and gives them back.
-3. `_row` (int32) is reserved for thinned batches: of the original rows 0 … n-1 a full buffer kept some; `_row` has their
-   original numbers, rising, beginning with 0 and ending with n-1, so that what is missing stays visible.
-4. Types: null, bool, all integers, float16/32/64, decimals, string and binary (also large and fixed size), date, time,
-   timestamp and duration in every unit, list, large list, fixed-size list, struct, map, and dictionaries of plain values. Not: unions, views,
-   run-end encoding, month-day-nano intervals, extension types, nesting deeper than 8.
+3. `_row` (int32) is reserved for thinned batches: of the original rows 0 … n-1 a full buffer kept some; `_row` has
+   their original numbers, rising, beginning with 0 and ending with n-1, so that what is missing stays visible.
+4. Types: null, bool, all integers, float16/32/64, decimals, string and binary (also large and fixed size), date,
+   time, timestamp and duration in every unit, list, large list, fixed-size list, struct, map, and dictionaries of
+   plain values. Not: unions, views, run-end encoding, month-day-nano intervals, extension types, nesting deeper than
+   8.
 5. Arrow buffers are not compressed one by one. Values are valid (UTF-8 in strings, offsets in order).
-6. Limits (`contract.limits`): payload 8 MiB, body 64 MiB unpacked (dictionaries expanded), 65,536 rows, 1,024 fields, envelope 1 KiB.
+6. Limits (`contract.limits`): payload 8 MiB, body 64 MiB unpacked (dictionaries expanded), 65,536 rows, 1,024 fields,
+   envelope 1 KiB.
 
 What a device does
 ------------------
-* It gives a batch its seq and stores it durably in one step, before it sends it. Reading a stored batch never deletes it.
-* Per (stream, epoch) it sends stored batches in rising seq, at most a window (count and bytes) unacknowledged. PUBACK from
-  the broker means nothing. It does not send across a hole in its seqs until everything below the hole is gone from the
-  buffer: then the batch after the hole is its floor.
-* On an ack of (stream, epoch, seq) it deletes all batches up to seq. It ignores an ack of an epoch it does not have. Until the
-  first ack of a (stream, epoch) since it started it sends one batch only. An ack beyond what it sent since it started, and beyond
-  what its buffer had assigned when it started, shows that the buffer went back in time (a restored card): it moves the batches
-  stored since it started to a new epoch, and believes the ack for the rest.
-* On a rewind to `expected`, and when no ack came for `ack_timeout`, it sends again from its lowest held seq ≥ `expected`
-  (or from its floor). Timeouts back off with jitter while nothing is acknowledged.
+* It gives a batch its seq and stores it durably in one step, before it sends it. Reading a stored batch never deletes
+  it.
+* Per (stream, epoch) it sends stored batches in rising seq, at most a window (count and bytes) unacknowledged. PUBACK
+  from the broker means nothing. It does not send across a hole in its seqs until everything below the hole is gone
+  from the buffer: then the batch after the hole is its floor.
+* On an ack of (stream, epoch, seq) it deletes all batches up to seq. It ignores an ack of an epoch it does not have.
+  Until the first ack of a (stream, epoch) since it started it sends one batch only. An ack beyond what it sent since
+  it started, and beyond what its buffer had assigned when it started, shows that the buffer went back in time (a
+  restored card): it moves the batches stored since it started to a new epoch, and believes the ack for the rest.
+* On a rewind to `expected`, and when no ack came for `ack_timeout`, it sends again from its lowest held seq ≥
+  `expected` (or from its floor). Timeouts back off with jitter while nothing is acknowledged.
 * Evicting gives up batches without sending; their seqs are not used again, so a hole remains: the gap in the lake.
 * When the backlog passes a limit it may open a new epoch for fresh data and drain the old one beside it.
 
@@ -90,12 +93,15 @@ What a gateway does
 -------------------
 Per (device, stream, epoch): `committed`, the watermark in the lake, 0 if none; `expected = committed + 1 + pending`.
 
-* `seq == expected`: admit. `seq < expected`: drop, and acknowledge `committed` again. `seq > expected`: drop, and ask for a rewind to
-  `expected`; but if `seq == floor`, the batches between do not exist any more: admit, and go on from there.
-* Topic and envelope must name the same device and stream. What breaks a rule goes whole to quarantine with its reason. If the body's checksum is right,
-  sending again cannot help: the seq is stepped over with the next commit, and acknowledged. If not, it is not stepped over.
+* `seq == expected`: admit. `seq < expected`: drop, and acknowledge `committed` again. `seq > expected`: drop, and ask
+  for a rewind to `expected`; but if `seq == floor`, the batches between do not exist any more: admit, and go on from
+  there.
+* Topic and envelope must name the same device and stream. What breaks a rule goes whole to quarantine with its
+  reason. If the body's checksum is right, sending again cannot help: the seq is stepped over with the next commit,
+  and acknowledged. If not, it is not stepped over.
 * One Delta commit per stream table holds the rows, the new watermark of every (device, epoch) in it as application
-  transaction `device/epoch`, and for every shard in it a counter, one higher than before, as application transaction `shard/NN`.
+  transaction `device/epoch`, and for every shard in it a counter, one higher than before, as application transaction
+  `shard/NN`.
 * Before the commit, on the same handle: refresh. Where a shard's counter is not what this gateway last saw, another one
   committed: read the watermarks of that shard's (device, epoch)s again and keep only what continues from them
   without a hole by the rules above. Refused, timed out, outcome unknown: the same path again.

@@ -49,8 +49,8 @@ class Envelope(msgspec.Struct, frozen=True):
     """CRC-32 (ISO 3309, as in zlib) of the body's bytes."""
 
 
-def check_envelope(envelope: Envelope, limits: Limits) -> None:
-    """Accept an envelope whose values are within the contract.
+def check_envelope(envelope: Envelope) -> None:
+    """Accept an envelope that names a batch: who sent it and which one it is. What the batch holds is checked later.
 
     Raises:
         Rejected: naming the value and its rule.
@@ -61,17 +61,13 @@ def check_envelope(envelope: Envelope, limits: Limits) -> None:
         if not is_epoch(text):
             raise Rejected(Reason.BAD_ENVELOPE, f"{what} {text[:40]!r} is not 32 lower-case hexadecimal digits")
     if not 1 <= envelope.seq <= SEQ_MAX:
-        raise Rejected(Reason.BAD_SEQ, f"seq {envelope.seq} is outside 1..{SEQ_MAX}; count batches from 1 in each epoch")
+        raise Rejected(
+            Reason.BAD_SEQ, f"seq {envelope.seq} is outside 1..{SEQ_MAX}; count batches from 1 in each epoch"
+        )
     if not 1 <= envelope.floor <= envelope.seq:
         raise Rejected(
             Reason.BAD_SEQ,
-            f"floor {envelope.floor} is outside 1..seq = {envelope.seq}; send the lowest seq that the device still holds",
-        )
-    if envelope.rows == 0:
-        raise Rejected(Reason.EMPTY_BATCH, "a batch of 0 rows; a batch has at least one row")
-    if not 1 <= envelope.rows <= limits.rows_max:
-        raise Rejected(
-            Reason.TOO_MANY_ROWS, f"{envelope.rows} rows in a batch, outside 1..{limits.rows_max}; send smaller batches"
+            f"floor {envelope.floor} is outside 1..seq = {envelope.seq}; send the lowest seq still held",
         )
 
 
@@ -99,10 +95,15 @@ def check_rows(batch: pa.RecordBatch, limits: Limits) -> None:
         raise Rejected(Reason.EMPTY_BATCH, "a batch of 0 rows; a batch has at least one row")
     if batch.num_rows > limits.rows_max:
         raise Rejected(
-            Reason.TOO_MANY_ROWS, f"{batch.num_rows} rows in a batch, more than {limits.rows_max}; send smaller batches"
+            Reason.TOO_MANY_ROWS,
+            f"{batch.num_rows} rows in a batch, more than {limits.rows_max}; send smaller batches",
         )
-    if batch.column(TS).null_count:
-        raise Rejected(Reason.BAD_TS, f"field 'ts' is null in {batch.column(TS).null_count} rows; give every reading a ts")
+    nulls = batch.column(TS).null_count
+    if nulls:
+        raise Rejected(
+            Reason.BAD_TS,
+            f"field 'ts' is null in {nulls} rows; give every reading a ts",
+        )
     if batch.schema.get_field_index(ROW) >= 0:
         _check_row_numbers(batch.column(ROW))
     _check_expanded_size(batch, limits)
@@ -132,7 +133,7 @@ def check_schema(schema: pa.Schema, limits: Limits) -> None:
     if ROW in schema.names and schema.field(ROW).type != ROW_TYPE:
         raise Rejected(
             Reason.BAD_ROW_NUMBERS,
-            f"field '_row' is {schema.field(ROW).type}; the name is reserved for the int32 row numbers of a thinned batch",
+            f"field '_row' is {schema.field(ROW).type}; the name is reserved for int32 row numbers of thinned batches",
         )
     if set(schema.names) <= {TS, ROW}:
         raise Rejected(Reason.EMPTY_BATCH, "the batch has no field beside 'ts'; send at least one measured field")
@@ -142,7 +143,8 @@ def _check_field(field: pa.Field, depth: int) -> None:
     check_field_name(field.name)
     if depth > SCHEMA_DEPTH_MAX:
         raise Rejected(
-            Reason.UNSUPPORTED_TYPE, f"field {field.name!r} is nested deeper than {SCHEMA_DEPTH_MAX} levels; flatten it"
+            Reason.UNSUPPORTED_TYPE,
+            f"field {field.name!r} is nested deeper than {SCHEMA_DEPTH_MAX} levels; flatten it",
         )
     _check_type(field.type, field.name, depth)
 
@@ -183,7 +185,9 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def _unsupported(name: str, kind: pa.DataType, remedy: str) -> Rejected:
-    return Rejected(Reason.UNSUPPORTED_TYPE, f"field {name!r} has type {str(kind)[:200]}, which is not carried; {remedy}")
+    return Rejected(
+        Reason.UNSUPPORTED_TYPE, f"field {name!r} has type {str(kind)[:200]}, which is not carried: {remedy}"
+    )
 
 
 def _check_distinct(names: list[str], where: str) -> None:
@@ -208,13 +212,16 @@ def _check_row_numbers(rows: pa.Int32Array) -> None:
         good = bool(pc.all(pc.less(rows[:-1], rows[1:])).as_py())
     if not good:
         raise Rejected(
-            Reason.BAD_ROW_NUMBERS, "field '_row' of a thinned batch must begin at 0 and rise, without nulls; number rows so"
+            Reason.BAD_ROW_NUMBERS,
+            "field '_row' of a thinned batch must begin at 0 and rise, without nulls; number rows so",
         )
 
 
 def _check_expanded_size(batch: pa.RecordBatch, limits: Limits) -> None:
     """A dictionary of one long string with many indices, or a long list of nulls, is small here and huge in rows."""
-    nested = (column for column in batch.columns if pa.types.is_nested(column.type) or pa.types.is_dictionary(column.type))
+    nested = (
+        column for column in batch.columns if pa.types.is_nested(column.type) or pa.types.is_dictionary(column.type)
+    )
     size = batch.nbytes + sum(_expanded_bytes(column) for column in nested)
     if size > limits.body_bytes_max:
         raise Rejected(
@@ -247,5 +254,5 @@ def _dictionary_bytes(array: pa.DictionaryArray) -> int:
     elif pa.types.is_binary(value) or pa.types.is_large_binary(value):
         lengths = pc.binary_length(array.dictionary)
     else:
-        return len(array) * max(1, value.bit_width // 8)
+        return len(array) * max(1, int(value.bit_width) // 8)
     return int(pc.sum(lengths.take(array.indices)).as_py() or 0)

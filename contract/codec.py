@@ -106,20 +106,18 @@ def seal(envelope: Envelope, body: bytes) -> bytes:
     return b"".join((_HEADER.pack(SKIPPABLE_MAGIC, len(head)), head, body))
 
 
-def unseal(payload: bytes, limits: Limits) -> Sealed:
-    """Take a payload apart and check its envelope; the body stays encoded, but its checksum is verified.
+def unseal(payload: bytes) -> Sealed:
+    """Take a payload apart: read and check its envelope, verify the body's checksum; the body stays encoded.
+
+    A payload that passes names its batch beyond doubt. So what `decode_body` then refuses was made wrong by the device:
+    sending it again cannot help, and its seq may be stepped over. What is refused here must not be stepped over.
 
     Raises:
-        Rejected: when the payload is not one of protocol v1, is too large, its envelope breaks a rule, or its body is
-            not the one the envelope was made for.
+        Rejected: when the payload is not one of protocol v1, its envelope breaks a rule, or its body is not the one the
+            envelope was made for.
     """
-    if len(payload) > limits.payload_bytes_max:
-        raise Rejected(
-            Reason.PAYLOAD_TOO_LARGE,
-            f"payload of {len(payload)} bytes, more than {limits.payload_bytes_max}; send smaller batches",
-        )
     envelope, start = _read_envelope(payload)
-    check_envelope(envelope, limits)
+    check_envelope(envelope)
     body = payload[start:]
     found = zlib.crc32(body)
     if found != envelope.crc32:
@@ -148,13 +146,27 @@ def decode_body(body: bytes, envelope: Envelope, limits: Limits) -> pa.RecordBat
 
     Bodies whose schemas are written alike share one schema object.
     """
+    if len(body) > limits.payload_bytes_max:
+        raise Rejected(
+            Reason.PAYLOAD_TOO_LARGE,
+            f"body of {len(body)} bytes, more than {limits.payload_bytes_max}; send smaller batches",
+        )
     stream = _decompress(body, limits)
     try:
         batch = _read_stream(stream, limits)
         batch.validate(full=True)
-    except (pa.ArrowException, ValueError, TypeError, OSError, struct.error, OverflowError, UnicodeDecodeError) as error:
+    except (
+        pa.ArrowException,
+        ValueError,
+        TypeError,
+        OSError,
+        struct.error,
+        OverflowError,
+        UnicodeDecodeError,
+    ) as error:
         raise Rejected(
-            Reason.BAD_BODY, f"the body is not an Arrow IPC stream of one record batch ({str(error)[:200]}); encode it so"
+            Reason.BAD_BODY,
+            f"the body is not an Arrow IPC stream of one record batch ({str(error)[:200]}); encode it so",
         ) from error
     check_rows(batch, limits)
     if batch.num_rows != envelope.rows:
@@ -178,7 +190,7 @@ def _read_envelope(payload: bytes) -> tuple[Envelope, int]:
     if size > ENVELOPE_BYTES_MAX or start > len(payload):
         raise Rejected(
             Reason.NOT_A_PAYLOAD,
-            f"envelope of {size} bytes in a payload of {len(payload)}, limit {ENVELOPE_BYTES_MAX}; the payload is cut or foreign",
+            f"envelope of {size} bytes in a payload of {len(payload)}, limit {ENVELOPE_BYTES_MAX}; it is cut",
         )
     head = payload[_HEADER.size : start]
     try:
@@ -221,11 +233,14 @@ def _decompress(body: bytes, limits: Limits) -> bytes:
             )
         if frame.window_size > max(size, 1024):
             raise Rejected(
-                Reason.BAD_BODY, f"the zstd frame asks for a window of {frame.window_size} bytes for {size} bytes of content"
+                Reason.BAD_BODY,
+                f"the zstd frame asks for a window of {frame.window_size} bytes for {size} bytes of content",
             )
         return zstandard.ZstdDecompressor().decompress(body, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise Rejected(Reason.BAD_BODY, f"the body is not one zstd frame ({error}); it is cut, damaged or foreign") from error
+        raise Rejected(
+            Reason.BAD_BODY, f"the body is not one zstd frame ({error}); it is cut, damaged or foreign"
+        ) from error
 
 
 def _read_stream(stream: bytes, limits: Limits) -> pa.RecordBatch:

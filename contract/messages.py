@@ -126,13 +126,15 @@ def decode(payload: bytes, kind: type[Message]) -> Message:
     what = kind.__name__.lower()
     if len(payload) > CONTROL_BYTES_MAX:
         raise Rejected(
-            Reason.PAYLOAD_TOO_LARGE, f"{what} document of {len(payload)} bytes, more than {CONTROL_BYTES_MAX}; shorten it"
+            Reason.PAYLOAD_TOO_LARGE,
+            f"{what} document of {len(payload)} bytes, more than {CONTROL_BYTES_MAX}; shorten it",
         )
     try:
         version = msgspec.json.decode(payload, type=_Version).v
         if version != PROTOCOL_VERSION:
             raise Rejected(
-                Reason.UNKNOWN_VERSION, f"{what} document of version {version}, not {PROTOCOL_VERSION}; update one side"
+                Reason.UNKNOWN_VERSION,
+                f"{what} document of version {version}, not {PROTOCOL_VERSION}; update one side",
             )
         return msgspec.json.decode(payload, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -62,11 +62,12 @@ def check_field_name(name: str) -> None:
     if not 1 <= size <= FIELD_NAME_BYTES_MAX:
         raise Rejected(
             Reason.BAD_FIELD_NAME,
-            f"field name {_shown(name)} has {size} bytes; rename the field to 1 to {FIELD_NAME_BYTES_MAX} bytes of UTF-8",
+            f"field name {_shown(name)} has {size} bytes; rename it to 1 to {FIELD_NAME_BYTES_MAX} bytes of UTF-8",
         )
     if any(ord(ch) < 0x20 or ord(ch) == 0x7F for ch in name):
         raise Rejected(
-            Reason.BAD_FIELD_NAME, f"field name {_shown(name)} has control characters; rename the field without them"
+            Reason.BAD_FIELD_NAME,
+            f"field name {_shown(name)} has control characters; rename the field without them",
         )
 
 

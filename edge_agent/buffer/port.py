@@ -106,7 +106,7 @@ class BatchBuffer(Protocol):
         ...
 
     def body(self, stream: str, epoch: str, seq: int) -> bytes | None:
-        """The body of a held batch, its checksum verified; None when it is gone (evicted as `corrupt` where damaged)."""
+        """The body of a held batch, its checksum verified; None when gone (damaged: evicted as `corrupt`)."""
         ...
 
     def floor(self, stream: str, epoch: str) -> int | None:
