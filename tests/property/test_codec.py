@@ -1,0 +1,157 @@
+"""The codec is total over hostile input: any bytes give a batch that keeps every rule, or `Rejected`.
+
+Mutants tried, each made a test here or in `tests/contract/test_vectors.py` fail: no checksum comparison; no limit on
+zstd content size; no check for buffers compressed one by one; no `validate(full=True)`; no check of the row count.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import pyarrow as pa
+import pytest
+import zstandard
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from contract.batches import check_batch
+from contract.codec import checksum, decode_body, seal, unseal
+from contract.errors import Reason, Rejected
+from contract.limits import DEFAULT_LIMITS, Limits
+from tests.contract.make_vectors import rows, valid
+
+VALID = valid()
+BODIES = {name: zstandard.ZstdDecompressor().decompress(body) for name, (_, body, _) in VALID.items()}
+
+
+def decode(payload: bytes, limits: Limits = DEFAULT_LIMITS) -> pa.RecordBatch:
+    sealed = unseal(payload)
+    return decode_body(sealed.body, sealed.envelope, limits)
+
+
+@given(st.binary(max_size=300))
+def test_random_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(Rejected):
+        decode(data)
+
+
+@given(st.sampled_from(sorted(VALID)), st.data())
+def test_a_payload_changed_in_any_bit_of_its_body_is_refused(name: str, data: st.DataObject) -> None:
+    envelope, body, _ = VALID[name]
+    payload = bytearray(seal(envelope, body))
+    at = data.draw(st.integers(len(payload) - len(body), len(payload) - 1))
+    payload[at] ^= 1 << data.draw(st.integers(0, 7))
+    with pytest.raises(Rejected) as refusal:
+        decode(bytes(payload))
+    assert refusal.value.reason == Reason.CHECKSUM_MISMATCH
+
+
+@given(st.sampled_from(sorted(VALID)), st.data())
+def test_a_payload_cut_anywhere_is_refused(name: str, data: st.DataObject) -> None:
+    payload = seal(*VALID[name][:2])
+    with pytest.raises(Rejected):
+        decode(payload[: data.draw(st.integers(0, len(payload) - 1))])
+
+
+@given(
+    st.sampled_from(sorted(VALID)),
+    st.lists(st.tuples(st.integers(0, 2**31), st.integers(0, 255)), min_size=1, max_size=8),
+)
+def test_a_hostile_arrow_stream_gives_valid_rows_or_is_refused(name: str, changes: list[tuple[int, int]]) -> None:
+    stream = bytearray(BODIES[name])
+    for at, value in changes:
+        stream[at % len(stream)] = value
+    body = zstandard.ZstdCompressor().compress(bytes(stream))
+    envelope = msgspec.structs.replace(VALID[name][0], crc32=checksum(body))
+    try:
+        batch = decode(seal(envelope, body))
+    except Rejected:
+        return
+    check_batch(batch, DEFAULT_LIMITS)
+    assert batch.num_rows == envelope.rows
+    str(batch)
+
+
+def _with_body(stream: bytes) -> bytes:
+    body = zstandard.ZstdCompressor().compress(stream)
+    return seal(msgspec.structs.replace(VALID["smallest"][0], crc32=checksum(body)), body)
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd"])
+@pytest.mark.parametrize("column", [pa.array([1] * 99), pa.array(["a" * 50] * 99).dictionary_encode()])
+def test_buffers_compressed_one_by_one_are_refused_before_they_are_unpacked(codec: str, column: pa.Array) -> None:
+    batch = rows(list(range(99)), x=column)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(Rejected, match="compressed one by one"):
+        decode(_with_body(sink.getvalue().to_pybytes()))
+
+
+def test_a_dictionary_that_would_unpack_to_gigabytes_is_refused() -> None:
+    indices = pa.array([0] * 1000, pa.int32())
+    column = pa.DictionaryArray.from_arrays(indices, pa.array(["x" * 1_000_000]))
+    with pytest.raises(Rejected) as refusal:
+        check_batch(rows(list(range(1000)), x=column), DEFAULT_LIMITS)
+    assert refusal.value.reason == Reason.BODY_TOO_LARGE
+
+
+def test_a_frame_that_hides_its_content_size_is_refused() -> None:
+    compressor = zstandard.ZstdCompressor(write_content_size=False).compressobj()
+    body = compressor.compress(bytes(100)) + compressor.flush()
+    envelope = msgspec.structs.replace(VALID["smallest"][0], crc32=checksum(body))
+    with pytest.raises(Rejected, match="content size"):
+        decode(seal(envelope, body))
+
+
+def test_a_second_record_batch_is_refused() -> None:
+    batch = VALID["smallest"][2]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+        writer.write_batch(batch)
+    with pytest.raises(Rejected, match="exactly one record batch"):
+        decode(_with_body(sink.getvalue().to_pybytes()))
+
+
+@given(st.integers(1, 64), st.integers(1, 64))
+@example(10, 9)
+def test_row_and_payload_limits_hold_to_the_number(row_count: int, rows_max: int) -> None:
+    batch = rows(list(range(row_count)), x=pa.array([1] * row_count, pa.int8()))
+    limits = Limits(rows_max=rows_max)
+    if row_count <= rows_max:
+        check_batch(batch, limits)
+    else:
+        with pytest.raises(Rejected) as refusal:
+            check_batch(batch, limits)
+        assert refusal.value.reason == Reason.TOO_MANY_ROWS
+
+
+@pytest.mark.parametrize("name", ["payload_bytes_max", "body_bytes_max", "rows_max", "fields_max"])
+@pytest.mark.parametrize("value", [0, 2**40])
+def test_a_limit_outside_the_protocol_is_refused(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=name):
+        Limits(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("case", "column"),
+    [
+        (
+            "utf-8",
+            pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]),
+        ),
+        (
+            "offsets",
+            pa.Array.from_buffers(pa.binary(), 1, [None, pa.py_buffer(b"\5\0\0\0\1\0\0\0"), pa.py_buffer(b"abc")]),
+        ),
+        ("index", pa.DictionaryArray.from_arrays(pa.array([7], pa.int8()), pa.array(["a"]), safe=False)),
+    ],
+)
+def test_values_that_would_crash_a_later_reader_are_refused(case: str, column: pa.Array) -> None:
+    batch = rows([1], x=column)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(Rejected) as refusal:
+        decode(_with_body(sink.getvalue().to_pybytes()))
+    assert refusal.value.reason == Reason.BAD_BODY, case
