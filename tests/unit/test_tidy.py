@@ -46,7 +46,8 @@ MAKE = re.compile(r"\bmake ([a-z][a-z-]*)\b")
 def files(*suffixes: str) -> tuple[Path, ...]:
     """Files of the tree with one of these suffixes (all when none is given), also those not committed yet."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        # A checkout that belongs to another user, as in many containers, is read all the same.
+        ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
         capture_output=True,
         text=True,
