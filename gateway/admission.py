@@ -42,8 +42,8 @@ class Continuation(NamedTuple):
 def judge(expected: int, offer: Offer) -> Verdict:
     """Judge a batch against the next seq that is expected.
 
-    A batch beyond `expected` is admitted only if it is the lowest that the device still holds: what lies between does not
-    exist any more, and waiting for it would block the device for ever.
+    A batch beyond `expected` is admitted only if it is the lowest that the device still holds: what lies between does
+    not exist any more, and waiting for it would block the device for ever.
     """
     if offer.seq < expected:
         return Verdict.DUPLICATE

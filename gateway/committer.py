@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
     counters: Mapping[int, int]
     """Counter of every shard that was pending."""
     foreign_shards: frozenset[int]
-    """Shards in which another gateway committed since this one last looked: whatever else is believed of them is stale."""
+    """Shards in which another gateway committed since this one last looked: other beliefs about them are stale."""
     batches: int
     rows: int
     duplicates: int
@@ -113,26 +113,19 @@ def _sort_out(
     stream: str, table: StreamTable, batches: Sequence[Pending]
 ) -> tuple[list[RawBatch], list[QuarantineRecord]]:
     """Separate what can stand in the table from what must stand in quarantine."""
+    # By identity: the codec shares one schema object between like batches, and comparing schemas is slow.
+    schemas = {id(rows.schema): rows.schema for batch in batches if isinstance(rows := batch.content, pa.RecordBatch)}
+    verdicts = dict(zip(schemas, table.unfit(list(schemas.values())), strict=True))
     fitting: list[RawBatch] = []
     refused: list[QuarantineRecord] = []
-    verdicts: dict[int, Rejected | None] = {}
-    accepted: list[pa.Schema] = []
     for batch in batches:
         content = batch.content
-        if isinstance(content, pa.RecordBatch):
-            schema = content.schema
-            key = id(schema)
-            if key not in verdicts:
-                verdicts[key] = table.unfit(schema)
-                accepted.append(schema)  # keeps the object alive, so that its id is not given to another
-            verdict = verdicts[key]
+        verdict = content if isinstance(content, Rejected) else verdicts[id(content.schema)]
+        if verdict is not None:
+            refused.append(quarantine_record(batch, stream, verdict))
         else:
-            verdict = content
-        if isinstance(content, pa.RecordBatch) and verdict is None:
             device, epoch = batch.lane
             fitting.append(RawBatch(device, epoch, batch.seq, batch.shard, batch.received_at_us, batch.clock, content))
-        elif verdict is not None:
-            refused.append(quarantine_record(batch, stream, verdict))
     return fitting, refused
 
 

@@ -55,8 +55,11 @@ class StreamTable(Protocol):
     def shard_counter(self, shard: int) -> int:
         """How often rows of this shard were committed."""
 
-    def unfit(self, schema: pa.Schema) -> Rejected | None:
-        """Why a batch of this schema cannot stand in the table; None where it can."""
+    def unfit(self, schemas: Sequence[pa.Schema]) -> Sequence[Rejected | None]:
+        """Why batches of each schema cannot stand in the table; None where they can.
+
+        Judged in order: a schema that fits extends what the next is judged against.
+        """
 
     def append(
         self,

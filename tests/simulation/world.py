@@ -1,8 +1,8 @@
 """A simulated world around the real protocol code: devices, a bad broker, gateways that freeze and die, one lake.
 
-Only the network, time and the store's faults are simulated. Sending (`edge_agent.sender`), the codec, admission, flow and
-commit (`gateway`) are the very code that runs in production, over the memory implementations of buffer and table, which
-pass the same suites as the real ones. Everything that happens is drawn from `Choices`, so a run can be replayed.
+Only the network, time and the store's faults are simulated. Sending (`edge_agent.sender`), the codec, admission, flow
+and commit (`gateway`) are the very code that runs in production, over the memory implementations of buffer and table,
+which pass the same suites as the real ones. Everything that happens is drawn from `Choices`, so a run can be replayed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from contract.batches import Clock, Envelope
 from contract.codec import decode_body, encode_body, seal, unseal
-from contract.errors import Reason, Rejected, TemporaryError
+from contract.errors import Rejected, TemporaryError
 from contract.limits import DEFAULT_LIMITS
 from contract.messages import Rewind, Watermark
 from contract.names import shard_of
