@@ -49,6 +49,30 @@ class Envelope(msgspec.Struct, frozen=True):
     """CRC-32 (ISO 3309, as in zlib) of the body's bytes."""
 
 
+class SchemaNumbers:
+    """Numbers the distinct schemas among many batches: 0, 1, 2, … in the order first seen.
+
+    Metadata counts. Bodies written alike share one schema inside (see `contract.codec`), which makes the usual answer a
+    comparison of two pointers; hashing a schema costs fifty times as much.
+    """
+
+    def __init__(self) -> None:
+        self.schemas: list[pa.Schema] = []
+        self._numbers: dict[bytes, int] = {}
+        self._last = 0
+
+    def number(self, schema: pa.Schema) -> int:
+        """The number of `schema`, a new one if it was not seen yet."""
+        if self.schemas and self.schemas[self._last].equals(schema, check_metadata=True):
+            return self._last
+        key = schema.serialize().to_pybytes()
+        if key not in self._numbers:
+            self._numbers[key] = len(self.schemas)
+            self.schemas.append(schema)
+        self._last = self._numbers[key]
+        return self._last
+
+
 def check_envelope(envelope: Envelope) -> None:
     """Accept an envelope that names a batch: who sent it and which one it is. What the batch holds is checked later.
 

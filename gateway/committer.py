@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from contract.batches import SchemaNumbers
 from contract.errors import Rejected
 from gateway.admission import Offer, continuation
 from gateway.ports import Lane, Pending, QuarantineTable, StreamTable
@@ -113,14 +114,16 @@ def _sort_out(
     stream: str, table: StreamTable, batches: Sequence[Pending]
 ) -> tuple[list[RawBatch], list[QuarantineRecord]]:
     """Separate what can stand in the table from what must stand in quarantine."""
-    # By identity: the codec shares one schema object between like batches, and comparing schemas is slow.
-    schemas = {id(rows.schema): rows.schema for batch in batches if isinstance(rows := batch.content, pa.RecordBatch)}
-    verdicts = dict(zip(schemas, table.unfit(list(schemas.values())), strict=True))
+    numbers = SchemaNumbers()
+    numbered = [
+        numbers.number(batch.content.schema) if isinstance(batch.content, pa.RecordBatch) else -1 for batch in batches
+    ]
+    unfit = table.unfit(numbers.schemas)
     fitting: list[RawBatch] = []
     refused: list[QuarantineRecord] = []
-    for batch in batches:
+    for batch, number in zip(batches, numbered, strict=True):
         content = batch.content
-        verdict = content if isinstance(content, Rejected) else verdicts[id(content.schema)]
+        verdict = content if isinstance(content, Rejected) else unfit[number]
         if verdict is not None:
             refused.append(quarantine_record(batch, stream, verdict))
         else:
