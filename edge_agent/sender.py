@@ -85,6 +85,7 @@ class Sender:
         self._lanes: dict[tuple[str, str], _Lane] = {}
         self.resent_timeouts = 0
         self.rewinds_followed = 0
+        self._inherited = {(info.stream, info.epoch) for info in buffer.lanes()}
         self.refresh_lanes()
 
     def refresh_lanes(self) -> None:
@@ -170,7 +171,8 @@ class Sender:
     def split_backlog(self) -> list[str]:
         """Let fresh data overtake: open a new epoch where a live one has too much waiting.
 
-        Only where no older epoch of the stream still drains, so a stream has few epochs at a time.
+        Only where no older epoch of the stream still drains, so a stream has few epochs at a time; and only after an
+        ack: a restored buffer can move fresh batches out of a live epoch, not out of one that drains.
 
         Returns:
             The streams that got a new epoch.
@@ -180,7 +182,11 @@ class Sender:
         split = [
             info.stream
             for info in infos
-            if info.live and info.stream not in draining and info.body_bytes > self._settings.backlog_bytes_max
+            if info.live
+            and info.stream not in draining
+            and info.body_bytes > self._settings.backlog_bytes_max
+            and (lane := self._lanes.get((info.stream, info.epoch))) is not None
+            and lane.confirmed
         ]
         for stream in split:
             self._buffer.open_epoch(stream)
@@ -250,7 +256,9 @@ class Sender:
             live=info.live,
             last_seq_at_open=info.last_seq_at_open,
             timeout_s=self._settings.ack_timeout_s,
-            confirmed=info.last_seq_at_open == 0,
+            # An epoch of this very process cannot be in the lake further than it knows. An inherited one can, even when
+            # it is empty: the buffer may have been restored to the moment when the epoch was made.
+            confirmed=(info.stream, info.epoch) not in self._inherited,
         )
 
     def _jittered(self, timeout_s: float) -> float:
