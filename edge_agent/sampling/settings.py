@@ -188,6 +188,25 @@ def parse_sampling(table: Mapping[str, Any]) -> Sampling:
     return settings
 
 
+def with_rate(settings: Sampling, rate_hz: float | None) -> Sampling:
+    """The same settings at another polling rate; None leaves them as they are.
+
+    Raises:
+        SensorConfigError: the rate is out of range, or the driver sets the pace.
+    """
+    if rate_hz is None:
+        return settings
+    if isinstance(settings, Stream) or not settings.rate_hz:
+        raise SensorConfigError(
+            f"rate_hz = {rate_hz} does not apply: the driver of this stream sets the pace; leave rate_hz out"
+        )
+    try:
+        check_rate(rate_hz)
+    except ValueError as error:
+        raise SensorConfigError(str(error)) from error
+    return msgspec.structs.replace(settings, rate_hz=rate_hz)
+
+
 def parse_deadband(name: str, width: float | str) -> tuple[float, float]:
     """Absolute width and share of the last reported value (0.02 for `"2%"`); one of them is 0.
 

@@ -33,6 +33,8 @@ class Columns:
     """
 
     def __init__(self, fields: pa.Schema) -> None:
+        if not isinstance(fields, pa.Schema):
+            raise SensorConfigError(f"the driver's schema is a {type(fields).__name__}; it has to be a pyarrow.Schema")
         for name in (TS, ROW):
             if name in fields.names:
                 raise SensorConfigError(f"a sensor field is named {name!r}, which is reserved; rename the field")
