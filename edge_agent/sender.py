@@ -100,6 +100,11 @@ class Sender:
             else:
                 lane.live = info.live
 
+    def stored(self, stream: str, epoch: str) -> None:
+        """Note that the buffer holds something new, perhaps of an epoch not seen yet."""
+        if (stream, epoch) not in self._lanes:
+            self.refresh_lanes()
+
     def connected(self) -> None:
         """A new connection: whatever was on the way is unknown, so everything unacknowledged is sent again."""
         for lane in self._lanes.values():
@@ -143,13 +148,14 @@ class Sender:
         lane.confirmed = True
         if mark.seq <= lane.acked:
             return AckOutcome.NOTHING_NEW
+        # First of all: when the disk refuses, nothing has changed, and the timeout asks for the ack again.
+        self._buffer.acknowledge(mark.stream, mark.epoch, mark.seq)
         lane.acked = mark.seq
         lane.cursor = max(lane.cursor, mark.seq)
         while lane.in_flight and next(iter(lane.in_flight)) <= mark.seq:
             lane.in_flight.popitem(last=False)
         lane.timeout_s = self._settings.ack_timeout_s
         lane.deadline_s = now_s + self._jittered(lane.timeout_s) if lane.in_flight else None
-        self._buffer.acknowledge(mark.stream, mark.epoch, mark.seq)
         if not lane.live:
             self.refresh_lanes()
         return AckOutcome.PROGRESS

@@ -33,7 +33,7 @@ from lake.raw import AppendResult, RawBatch
 STREAM = "vibration"
 CLOCK = Clock(synced=True, wall_us=0, monotonic_us=0, boot="ab" * 16)
 SETTINGS = SenderSettings(
-    window_batches_max=4, ack_timeout_s=5.0, ack_timeout_max_s=20.0, rewind_holdoff_s=1.0, backlog_bytes_max=3_000
+    window_batches_max=4, ack_timeout_s=5.0, ack_timeout_max_s=20.0, rewind_holdoff_s=1.0, backlog_bytes_max=500
 )
 BODY_BYTES = len(encode_body(pa.record_batch([pa.array([0], pa.timestamp("us", "UTC")), pa.array([0])], ["ts", "x"])))
 POISON = -1
@@ -88,15 +88,25 @@ class Device:
         """Start with an empty buffer."""
         self.name = name
         self._choices = choices
-        caps = StreamCaps(bytes_max=12 * BODY_BYTES, age_max_s=1e9, when_full=WhenFull.DROP_OLDEST)
-        self.buffer = MemoryBuffer({STREAM: caps}, bytes_max=1 << 30)
+        caps = StreamCaps(bytes_max=5 * BODY_BYTES, age_max_s=1e9, when_full=WhenFull.DROP_OLDEST)
+        self.buffer = MemoryBuffer({STREAM: caps}, bytes_max=1 << 30, remembered_acks_max=3)
         self.online = True
         self.restart()
 
     def restart(self) -> None:
-        """The process dies and starts again over the same buffer."""
-        self.buffer.reopen()
+        """The process dies and starts again over the same buffer; deletions of the last moment may be undone."""
+        self.buffer.reopen(bring_back=self._choices.integer(0, 3))
         self.sender = Sender(self.buffer, SETTINGS, random.Random(self._choices.integer(0, 2**16)))
+
+    def held(self) -> list[tuple[str, int]]:
+        """(epoch, seq) of every batch in the buffer."""
+        found: list[tuple[str, int]] = []
+        for lane in self.buffer.lanes():
+            after = 0
+            while (batch := self.buffer.peek(STREAM, lane.epoch, after)) is not None:
+                after = batch.seq
+                found.append((lane.epoch, after))
+        return found
 
 
 class GatewayProcess:
@@ -207,6 +217,7 @@ class World:
         self._values += 1
         value = POISON if self.choices.chance(0.05) else self._values
         appended = device.buffer.append(STREAM, _body(value), 1, CLOCK)
+        device.sender.stored(STREAM, appended.epoch)
         self.accepted[device.name, appended.epoch, appended.seq] = value
         for gone in appended.evictions:
             self.evicted |= {(device.name, gone.epoch, seq) for seq in range(gone.first_seq, gone.last_seq + 1)}
@@ -364,9 +375,7 @@ class World:
             if self.accepted.get(key) != value:
                 raise BrokenPromiseError(f"{key} has value {value}, accepted was {self.accepted.get(key)}")
             stored[key] = value
-        held = {
-            (device.name, lane.epoch, seq) for device in self.devices.values() for lane, seq in device.buffer.held()
-        }
+        held = {(device.name, epoch, seq) for device in self.devices.values() for epoch, seq in device.held()}
         gone = self.accepted.keys() - stored.keys() - held - self.evicted - self.quarantined.keys()
         if gone:
             raise BrokenPromiseError(
@@ -384,17 +393,18 @@ class World:
         """
         self.faults = False
         for device in self.devices.values():
-            device.online = True
-            self._connect(device)
+            if not device.online:
+                device.online = True
+                self._connect(device)
         for _ in range(rounds):
-            if not any(device.buffer.held() for device in self.devices.values()):
+            if not any(device.held() for device in self.devices.values()):
                 break
             for action in (self.send, self.deliver_up, self.deliver_down, self.flush):
                 for _ in range(12):
                     action()
             self.now_s += 3
         self.check()
-        left = {name: device.buffer.held() for name, device in self.devices.items() if device.buffer.held()}
+        left = {name: device.held() for name, device in self.devices.items() if device.held()}
         if left:
             raise BrokenPromiseError(f"stuck: {left}")
         stored = {(batch.device, batch.epoch, batch.seq) for batch in self.lake.rows(STREAM)}
