@@ -16,7 +16,7 @@ from contract.errors import TemporaryError
 
 
 class BufferUnavailableError(TemporaryError):
-    """The disk is full, read-only or failing: the batch was not stored. Keep it for a bounded while and try again."""
+    """The disk is full, read-only or failing: nothing was changed. Keep the batch for a bounded while and try again."""
 
 
 class WhenFull(StrEnum):
@@ -31,10 +31,31 @@ class StreamCaps(msgspec.Struct, frozen=True, kw_only=True):
     """How much of one stream the buffer holds."""
 
     bytes_max: int
+    """Bodies held, in bytes."""
     age_max_s: float
+    """A batch older than this is given up, whatever `when_full` says."""
     when_full: WhenFull = WhenFull.DROP_OLDEST
     thin_keep_every: int = 10
     """With `thin`: keep every k-th row (and the last) of a batch; at least 2."""
+
+    def __post_init__(self) -> None:
+        """Refuse caps that hold nothing or thin nothing."""
+        if self.bytes_max < 1 or not self.age_max_s > 0:
+            raise ValueError(
+                f"bytes_max = {self.bytes_max} and age_max_s = {self.age_max_s} must be above 0; a stream that shall "
+                "not be kept is better disabled"
+            )
+        if self.thin_keep_every < 2:
+            raise ValueError(f"thin_keep_every = {self.thin_keep_every} keeps every row; choose 2 or more")
+
+
+class NewBatch(NamedTuple):
+    """A closed batch on its way into the buffer."""
+
+    stream: str
+    body: bytes
+    rows: int
+    clock: Clock
 
 
 class Stored(NamedTuple):
@@ -63,7 +84,11 @@ class Eviction(NamedTuple):
 
 
 class Appended(NamedTuple):
-    """Outcome of an append. `stored` is False only where drop_newest gave the batch a seq and let it go."""
+    """Outcome of an append.
+
+    `stored` is False where the batch got a seq and was let go at once: drop_newest refused it, or it alone is larger
+    than its stream's part or the whole buffer. Its eviction is among `evictions`.
+    """
 
     epoch: str
     seq: int
@@ -88,13 +113,49 @@ class LaneInfo(NamedTuple):
     rows: int
     body_bytes: int
     oldest_wall_us: int | None
+    """Device clock at the closing of the batch at `floor`, microseconds since 1970-01-01 UTC."""
+
+
+class OpenedKind(StrEnum):
+    """What was found where the buffer was opened."""
+
+    NEW = "new"
+    RESUMED = "resumed"
+    CLONED = "cloned"
+    """The files were made on another board: every stream begins a new epoch, the old ones drain."""
+    CORRUPT_REPLACED = "corrupt_replaced"
+    """The files could not be read: they were moved aside, and every stream begins a new epoch."""
+
+
+class Opened(NamedTuple):
+    """How the buffer came to life: worth an event unless it is `resumed`."""
+
+    kind: OpenedKind
+    detail: str
+    """For a person: what was found, and where it went."""
 
 
 class BatchBuffer(Protocol):
-    """Durable FIFOs of batches, one per (stream, epoch). Safe to call from several threads."""
+    """Durable FIFOs of batches, one per (stream, epoch). Safe to call from several threads.
+
+    Every method may raise `BufferUnavailableError`; then it has changed nothing.
+    """
 
     def append(self, stream: str, body: bytes, rows: int, clock: Clock) -> Appended:
         """Give a batch the next seq of the stream's live epoch and store it durably: power loss cannot take it then.
+
+        Raises:
+            BufferUnavailableError: nothing was stored and no seq was used up.
+        """
+        ...
+
+    def append_many(self, batches: Sequence[NewBatch]) -> Sequence[Appended]:
+        """Append several batches, of one or more streams, as one durable step: all are stored, or none is.
+
+        One step costs the disk one flush, so batches that close together should go together.
+
+        Returns:
+            One outcome per batch, in the same order.
 
         Raises:
             BufferUnavailableError: nothing was stored and no seq was used up.
@@ -109,12 +170,23 @@ class BatchBuffer(Protocol):
         """The body of a held batch, its checksum verified; None when gone (damaged: evicted as `corrupt`)."""
         ...
 
+    def fetch(self, stream: str, epoch: str, seq: int) -> tuple[Stored, bytes] | None:
+        """A held batch and its body as they are at this moment: what an envelope should be made from.
+
+        Between `peek` and `body` a batch may be thinned; then rows and checksum of the former do not fit the latter.
+        """
+        ...
+
     def floor(self, stream: str, epoch: str) -> int | None:
         """Lowest seq held of (stream, epoch)."""
         ...
 
     def acknowledge(self, stream: str, epoch: str, seq: int) -> int:
-        """Delete all held batches up to `seq`; forget a drained epoch that is not live. Returns the batches deleted."""
+        """Delete all held batches up to `seq`; forget a drained epoch that is not live. Returns the batches deleted.
+
+        The deletion may reach the disk later than this returns. A batch that comes back after a power loss is sent
+        again, and dropped by the gateway.
+        """
         ...
 
     def open_epoch(self, stream: str, *, move_after_seq: int | None = None) -> str:
@@ -122,8 +194,9 @@ class BatchBuffer(Protocol):
 
         Args:
             stream: the stream.
-            move_after_seq: where given, batches of the old live epoch above this seq move to the new epoch, numbered
-                from 1 in their order (a restored buffer: their old seqs are taken in the lake).
+            move_after_seq: where given, batches of the old live epoch above this seq move to the new epoch and are
+                numbered anew: seq - move_after_seq, so that what was evicted among them stays a hole (a restored
+                buffer: their old seqs are taken in the lake).
 
         Returns:
             The new epoch.
@@ -134,10 +207,14 @@ class BatchBuffer(Protocol):
         """Every (stream, epoch), live ones first, then the rest from old to new."""
         ...
 
+    def maintain(self) -> None:
+        """Give up what is too old, write deletions that are due. Call it every few seconds, whatever else happens."""
+        ...
+
     def take_evictions(self) -> Sequence[Eviction]:
-        """Evictions that were not yet handed over through `append`: by age, thinning in the background, corruption."""
+        """Evictions that were not yet handed over through `append`: by age, or corruption."""
         ...
 
     def close(self) -> None:
-        """Close the files. The buffer cannot be used afterwards."""
+        """Write what is due and close the files. The buffer cannot be used afterwards."""
         ...

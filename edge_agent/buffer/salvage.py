@@ -1,0 +1,119 @@
+"""Copying what can still be read of a damaged buffer into a new one.
+
+A card that is wearing out loses single pages long before it loses itself. Every batch carries a checksum, so what reads
+back right is right. Batches keep their epochs and numbers, to be drained; nothing new is added to those epochs.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import structlog
+
+from contract.codec import checksum
+from contract.names import is_epoch, is_name
+from edge_agent.buffer.connection import Connection
+from edge_agent.buffer.ledger import SEQ_BITS
+
+UNREADABLE_IN_A_ROW_MAX = 10_000
+"""Numbers tried behind an unreadable place before the rest of the epoch is given up."""
+_BATCHES_PER_COMMIT = 256
+_BATCH = "key, rows, wall_us, monotonic_us, synced, boot, crc32, level, body"
+
+_log = structlog.get_logger(__name__)
+
+
+class LaneRow(NamedTuple):
+    """A row of the table `lanes`."""
+
+    base: int
+    stream: str
+    epoch: str
+    live: int
+    last_seq: int
+
+
+def salvage(old: Connection, new: Connection, known: Sequence[LaneRow]) -> int:
+    """Copy batches whose checksums are right.
+
+    Args:
+        old: the damaged file.
+        new: a fresh one.
+        known: the lanes, where the process still knows them; else they are read from the file.
+
+    Returns:
+        The number of batches copied. On a full disk it stops early: the rest stays in the old file.
+    """
+    copied = 0
+    try:
+        for number, lane in enumerate(known or _read_lanes(old), 1):
+            copied += _copy_lane(old, new, lane, number)
+    except sqlite3.Error as error:
+        # Only writing raises here. What is committed is worth having; the old file keeps the rest.
+        if new.in_transaction:
+            new.execute("ROLLBACK")
+        _log.warning("buffer_salvage_stopped", batches=copied, error=str(error))
+    return copied
+
+
+def _read_lanes(old: Connection) -> list[LaneRow]:
+    try:
+        rows = old.execute("SELECT base, stream, epoch, live, last_seq FROM lanes ORDER BY lane").fetchall()
+    except sqlite3.Error as error:
+        _log.warning("buffer_salvage_impossible", error=str(error))
+        return []
+    lanes = [LaneRow(*row) for row in rows]
+    return [lane for lane in lanes if is_name(str(lane.stream)) and is_epoch(str(lane.epoch))]
+
+
+def _copy_lane(old: Connection, new: Connection, lane: LaneRow, number: int) -> int:
+    base, copied, top = number << SEQ_BITS, 0, 0
+    end = ((lane.base >> SEQ_BITS) + 1) << SEQ_BITS if lane.live else lane.base + lane.last_seq + 1
+    key, failures = lane.base, 0
+    while failures < UNREADABLE_IN_A_ROW_MAX:
+        try:
+            row = old.execute(
+                f"SELECT {_BATCH} FROM batches WHERE key > ? AND key < ? ORDER BY key LIMIT 1", (key, end)
+            ).fetchone()
+        except sqlite3.Error:
+            key, failures = key + 1, failures + 1
+            continue
+        if row is None:
+            break
+        if row[0] <= key:
+            # A damaged page can claim any order; going on from it could go on for ever.
+            key, failures = key + 1, failures + 1
+            continue
+        key, failures = row[0], 0
+        if _is_whole(row):
+            if not new.in_transaction:
+                new.execute("BEGIN IMMEDIATE")
+            top = key - lane.base
+            new.execute(f"INSERT INTO batches ({_BATCH}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (base + top, *row[1:]))
+            copied += 1
+            if copied % _BATCHES_PER_COMMIT == 0:
+                _put_lane(new, lane, number, base, top)
+                new.execute("COMMIT")
+    if new.in_transaction:
+        _put_lane(new, lane, number, base, top)
+        new.execute("COMMIT")
+    return copied
+
+
+def _put_lane(new: Connection, lane: LaneRow, number: int, base: int, last_seq: int) -> None:
+    new.execute(
+        "INSERT OR REPLACE INTO lanes (lane, base, stream, epoch, live, last_seq) VALUES (?, ?, ?, ?, 0, ?)",
+        (number, base, lane.stream, lane.epoch, last_seq),
+    )
+
+
+def _is_whole(row: Sequence[Any]) -> bool:
+    *numbers, boot, crc32, level, body = row
+    return (
+        all(isinstance(number, int) for number in (*numbers, crc32, level))
+        and isinstance(boot, bytes)
+        and isinstance(body, bytes)
+        and checksum(body) == crc32
+    )
