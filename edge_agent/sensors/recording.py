@@ -1,0 +1,318 @@
+"""Recordings on disk as a stream of (times, rows): CSV and Parquet, read piece by piece in bounded memory.
+
+Times come out as int64 microseconds since 1970-01-01 UTC; values as the file holds them, or as declared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+
+from edge_agent.sensors.options import parse_fields, split_fields
+from edge_agent.sensors.port import SensorConfigError, SensorError
+
+_CSV_BLOCK_BYTES = 1 << 20
+_PARQUET_BUFFER_BYTES = 1 << 16
+_BATCH_ROWS = 8192
+_NUMBER_FORMATS = {"s": 1_000_000.0, "ms": 1_000.0, "us": 1.0, "ns": 0.001}
+_ZONE = re.compile(r"(Z|z|[+-]\d\d(:?\d\d)?)$")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_COMPRESSIONS = (".gz", ".zst", ".bz2")
+
+
+class FileOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is in the file, and where."""
+
+    path: str
+    format: str = ""
+    """`csv` or `parquet`; empty goes by the name: `.parquet` and `.pq`, all else is CSV, also `.gz`, `.zst`, `.bz2`."""
+    time_column: str = "ts"
+    """Empty: the file has none, and `rate_hz` gives the distance of rows."""
+    time_format: str = ""
+    """`iso8601`, `s`, `ms`, `us`, `ns` (since 1970-01-01 UTC), or a strptime pattern such as `%d.%m.%Y %H:%M:%S.%f`.
+    Empty means ISO 8601 text or the timestamp type of a Parquet column."""
+    timezone: str = "UTC"
+    """Zone of times that carry none."""
+    rate_hz: float = 0.0
+    fields: list[str] | dict[str, str] = []
+    """Columns to read: names, or names and types (`""`: as found). Empty reads all but the time column."""
+    delimiter: str = ""
+    """Empty: a tab for `.tsv`, else a comma."""
+    decimal_point: str = "."
+    columns: list[str] = []
+    """Column names of a CSV file without a header line."""
+    skip_rows: int = 0
+    """Lines before the header of a CSV file."""
+    null_values: list[str] = ["", "NA", "N/A", "NULL", "null"]
+    """Texts of a CSV file that mean null in number columns. In text columns they are texts."""
+
+
+class Piece(NamedTuple):
+    """Some consecutive rows of a recording."""
+
+    times: pa.Array
+    """int64 microseconds since 1970-01-01 UTC, without nulls; ordered as in the file, which need not be by time."""
+    rows: pa.RecordBatch
+
+
+class Recording:
+    """One file, read once from its beginning.
+
+    Args:
+        options: what is in it.
+
+    Attributes:
+        schema: the fields without the time.
+
+    Raises:
+        SensorConfigError: there is no such file, or it is not as described.
+        SensorError: the file cannot be read now.
+    """
+
+    def __init__(self, options: FileOptions) -> None:
+        self._options = options
+        self._file = _check_file(options)
+        self._names, self._types = split_fields(options.fields)
+        _check_options(options, self._names)
+        self._row = 0
+        with self._translated():
+            self._batches = self._open_csv() if self._format() == "csv" else self._open_parquet()
+            first = next(self._batches, None)
+        self._first: pa.RecordBatch | None = first
+        if first is None:
+            raise self._bad("it holds no rows; give another file")
+        self.schema = pa.schema([field for field in first.schema if field.name != options.time_column])
+
+    def pieces(self) -> Iterator[Piece]:
+        """The rows from the beginning; call it once.
+
+        Raises:
+            SensorConfigError: a value that does not fit its column, or a time that cannot be read; naming the row.
+            SensorError: the file cannot be read now.
+        """
+        batch = self._first
+        while batch is not None:
+            if batch.num_rows:
+                yield self._piece(batch)
+            with self._translated():
+                batch = next(self._batches, None)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._first = None
+        self._batches = iter(())
+
+    def _piece(self, batch: pa.RecordBatch) -> Piece:
+        options = self._options
+        if not options.time_column:
+            numbers = pa.arange(self._row, self._row + batch.num_rows)
+            times = pc.floor(pc.divide(pc.multiply(numbers.cast(pa.float64()), 1e6), options.rate_hz)).cast(pa.int64())
+            rows = batch
+        else:
+            column = batch.column(options.time_column)
+            times = self._times(column)
+            rows = batch.drop_columns([options.time_column])
+        self._row += batch.num_rows
+        return Piece(times, rows)
+
+    def _times(self, column: pa.Array) -> pa.Array:
+        if column.null_count:
+            row = self._row + pc.index(column.is_null(), True).as_py() + 1
+            raise self._bad(f"row {row} has no time in column {self._options.time_column!r}; remove such rows")
+        try:
+            return parse_times(column, self._options.time_format, self._options.timezone)
+        except (pa.ArrowException, ValueError, OverflowError, ZoneInfoNotFoundError) as error:
+            raise self._bad(
+                f"times in column {self._options.time_column!r} from row {self._row + 1} on cannot be read with "
+                f"time_format {self._options.time_format!r}: {str(error).splitlines()[0][:200]}; set time_format "
+                "(iso8601, s, ms, us, ns or a strptime pattern)"
+            ) from error
+
+    def _format(self) -> str:
+        if self._options.format:
+            return self._options.format
+        name = self._file.name.lower()
+        for suffix in _COMPRESSIONS:
+            name = name.removesuffix(suffix)
+        return "parquet" if name.endswith((".parquet", ".pq")) else "csv"
+
+    def _open_csv(self) -> Iterator[pa.RecordBatch]:
+        options = self._options
+        types = {field.name: field.type for field in parse_fields(self._types, "replay")}
+        if options.time_column:
+            # Read as text or number on purpose: Arrow would guess from the first block, and fail on a later one.
+            types[options.time_column] = _csv_time_type(options.time_format)
+        wanted = [*self._names, *([options.time_column] if options.time_column else [])] if self._names else None
+        delimiter = options.delimiter or ("\t" if ".tsv" in self._file.name.lower() else ",")
+        read = pacsv.ReadOptions(
+            use_threads=False,
+            block_size=_CSV_BLOCK_BYTES,
+            skip_rows=options.skip_rows,
+            column_names=options.columns or None,
+        )
+        convert = pacsv.ConvertOptions(
+            column_types=types,
+            include_columns=wanted,
+            null_values=options.null_values,
+            strings_can_be_null=False,
+            decimal_point=options.decimal_point,
+        )
+        parse = pacsv.ParseOptions(delimiter=delimiter)
+        reader = pacsv.open_csv(str(self._file), read_options=read, parse_options=parse, convert_options=convert)
+        if options.time_column and options.time_column not in reader.schema.names:
+            raise self._bad(
+                f"there is no time column {options.time_column!r}; its columns are {reader.schema.names[:20]}: "
+                "set time_column, or delimiter if these look wrong"
+            )
+        return iter(reader)
+
+    def _open_parquet(self) -> Iterator[pa.RecordBatch]:
+        # Imported here: it costs memory that a device without Parquet recordings should not pay.
+        import pyarrow.parquet as pq
+
+        options = self._options
+        file = pq.ParquetFile(str(self._file), pre_buffer=False, buffer_size=_PARQUET_BUFFER_BYTES)
+        present = file.schema_arrow.names
+        wanted = list(self._names) or [name for name in present if name != options.time_column]
+        for name in [*wanted, *([options.time_column] if options.time_column else [])]:
+            if name not in present:
+                raise self._bad(f"there is no column {name!r}; its columns are {present[:20]}")
+        types = parse_fields(self._types, "replay")
+        columns = [*wanted, *([options.time_column] if options.time_column else [])]
+        return (_as_declared(batch, columns, types) for batch in file.iter_batches(_BATCH_ROWS, columns=columns))
+
+    def _bad(self, what: str) -> SensorConfigError:
+        return SensorConfigError(f"driver 'replay', file {str(self._file)!r}: {what}")
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            raise self._bad(f"{error.strerror or error}; check path and permissions") from error
+        except KeyError as error:
+            raise self._bad(f"{str(error).strip(chr(34))[:200]}; check fields, columns and delimiter") from error
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            raise self._bad(
+                f"{str(error).splitlines()[0][:300]}; declare the type of that column in fields, "
+                "or check delimiter, columns and skip_rows"
+            ) from error
+        except OSError as error:
+            raise SensorError(f"driver 'replay', file {str(self._file)!r} cannot be read now: {error}") from error
+
+
+def parse_times(column: pa.Array, time_format: str, timezone: str) -> pa.Array:
+    """A time column as int64 microseconds since 1970-01-01 UTC; finer parts are cut off.
+
+    Args:
+        column: text, numbers or timestamps, without nulls.
+        time_format: as in `FileOptions.time_format`.
+        timezone: the zone of times that carry none.
+
+    Raises:
+        ValueError, pyarrow.ArrowException, OverflowError: a time that does not fit the format.
+    """
+    kind = column.type
+    if pa.types.is_timestamp(kind):
+        zoned = column if kind.tz is not None else pc.assume_timezone(column, timezone, ambiguous="earliest")
+        if kind.unit == "ns":
+            return _number_times(zoned.view(pa.int64()), "ns")
+        return zoned.cast(pa.timestamp("us", tz="UTC")).view(pa.int64())
+    if pa.types.is_date(kind):
+        return parse_times(column.cast(pa.timestamp("s")), time_format, timezone)
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return _number_times(column, time_format)
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"a column of type {kind} holds no times")
+    if time_format in _NUMBER_FORMATS:
+        return _number_times(column.cast(pa.int64() if time_format == "ns" else pa.float64()), time_format)
+    if "%" in time_format:
+        zone = ZoneInfo(timezone)
+        return pa.array([_strptime_us(text, time_format, zone) for text in column.to_pylist()], type=pa.int64())
+    return _iso_times(column, timezone)
+
+
+def _number_times(column: pa.Array, time_format: str) -> pa.Array:
+    if time_format not in _NUMBER_FORMATS:
+        raise ValueError("numbers need the unit")
+    if pa.types.is_integer(column.type):
+        whole = column.cast(pa.int64())
+        if time_format == "ns":
+            return pc.divide(pc.subtract(whole, pc.bit_wise_and(pc.shift_right(whole, 63), 999)), 1000)
+        return pc.multiply_checked(whole, int(_NUMBER_FORMATS[time_format]))
+    scaled = pc.multiply(column.cast(pa.float64()), _NUMBER_FORMATS[time_format])
+    # Rounded to the nearest microsecond: 1700000000.000001 s is not exact in binary.
+    return pc.round(scaled).cast(pa.int64())
+
+
+def _iso_times(column: pa.Array, timezone: str) -> pa.Array:
+    zoned = len(column) > 0 and _ZONE.search(column[0].as_py().strip()[10:]) is not None
+    trimmed = pc.utf8_trim_whitespace(column)
+    if zoned:
+        parsed = trimmed.cast(pa.timestamp("ns", tz="UTC"))
+    else:
+        parsed = pc.assume_timezone(trimmed.cast(pa.timestamp("ns")), timezone, ambiguous="earliest")
+    return _number_times(parsed.cast(pa.timestamp("ns", tz="UTC")).view(pa.int64()), "ns")
+
+
+def _strptime_us(text: str, pattern: str, zone: ZoneInfo) -> int:
+    parsed = datetime.strptime(text.strip(), pattern)
+    if parsed.tzinfo is None:
+        parsed = parsed.replace(tzinfo=zone)
+    delta = parsed - _EPOCH
+    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+
+
+def _csv_time_type(time_format: str) -> pa.DataType:
+    if time_format == "ns":
+        return pa.int64()
+    return pa.float64() if time_format in _NUMBER_FORMATS else pa.string()
+
+
+def _as_declared(batch: pa.RecordBatch, columns: list[str], types: pa.Schema) -> pa.RecordBatch:
+    arrays = {name: batch.column(name) for name in columns}
+    for field in types:
+        arrays[field.name] = arrays[field.name].cast(field.type)
+    return pa.RecordBatch.from_arrays(list(arrays.values()), names=list(arrays))
+
+
+def _check_file(options: FileOptions) -> Path:
+    path = Path(options.path).expanduser()
+    if not path.exists():
+        raise SensorConfigError(f"driver 'replay': option 'path' = {options.path!r} does not exist; give a file")
+    if options.format not in ("", "csv", "parquet"):
+        raise SensorConfigError(f"driver 'replay': option 'format' = {options.format!r}; give csv or parquet")
+    return path
+
+
+def _check_options(options: FileOptions, names: tuple[str, ...]) -> None:
+    problems: Mapping[str, Any] = {
+        "time_column is empty and rate_hz is not above 0; give one of them": not options.time_column
+        and not options.rate_hz > 0,
+        f"time column {options.time_column!r} is also in fields; take it out there": options.time_column in names,
+        f"delimiter {options.delimiter!r} is not one character": len(options.delimiter) > 1,
+        f"decimal_point {options.decimal_point!r} is not one character": len(options.decimal_point) != 1,
+        f"skip_rows = {options.skip_rows} is negative": options.skip_rows < 0,
+        f"time_format {options.time_format!r} is not known; give iso8601, s, ms, us, ns or a strptime pattern with %": (
+            options.time_format not in ("", "iso8601", *_NUMBER_FORMATS) and "%" not in options.time_format
+        ),
+    }
+    for problem, present in problems.items():
+        if present:
+            raise SensorConfigError(f"driver 'replay': {problem}")
+    try:
+        ZoneInfo(options.timezone)
+    except (ZoneInfoNotFoundError, ValueError) as error:
+        raise SensorConfigError(
+            f"driver 'replay': timezone {options.timezone!r} is not known; give a name such as UTC or Europe/Berlin"
+        ) from error
