@@ -1,0 +1,326 @@
+"""The table of one stream: batches in, exactly once.
+
+Per flush one Delta commit holds the rows, the new watermark of every (device, epoch) in it as application transaction
+`device/epoch`, and for every shard in it a counter as application transaction `shard/NN`. The format refuses a commit
+if one of its application transactions moved since the handle was refreshed; it does not refuse a lower version, so
+the caller compares counters and watermarks after each refresh, before it appends (see `contract`, "What a gateway
+does").
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction
+from deltalake.transaction import AddAction, RemoveAction
+
+from contract.errors import Rejected
+from contract.names import TS
+from lake import columns
+from lake.errors import CommitConflictError, ObjectMissingError
+from lake.log import TransactionLog
+from lake.parquet import encode
+from lake.parts import COUNTING, REPEATING, RawBatch, build, parts_of, sort_key
+from lake.plan import BASE_COLUMNS, COLUMNS_MAX, Columns, WireSchema, columns_of, grow, read_schema, table_schema
+from lake.schemas import SchemaObjects
+from lake.store import Store
+
+__all__ = ["AppendResult", "RawBatch", "RawTable", "lane_app_id", "shard_app_id", "table_path"]
+
+_WIRE_SCHEMAS_MAX = 4_096
+_CONFIGURATION = {
+    "delta.checkpointInterval": "100",
+    # Not the first 32 columns, which is the default: the lineage stands behind the fields.
+    "delta.dataSkippingStatsColumns": f"{TS},{columns.DEVICE},{columns.SEQ},{columns.RECEIVED_AT}",
+}
+
+
+class AppendResult(NamedTuple):
+    """What one commit brought into the table."""
+
+    rows: int
+    batches: int
+    files: int
+    bytes: int
+    """Size of the Parquet files."""
+    skewed_rows: int
+    """Rows that stand under the date of their arrival, because their `ts` is too far from it."""
+    added_columns: tuple[str, ...]
+    """Columns that the table did not have, or that got more fields."""
+
+
+def table_path(stream: str) -> str:
+    """Path of a stream's table in the lake."""
+    return f"raw/{stream}"
+
+
+def lane_app_id(device: str, epoch: str) -> str:
+    """Application transaction that holds a watermark."""
+    return f"{device}/{epoch}"
+
+
+def shard_app_id(shard: int) -> str:
+    """Application transaction that counts the commits with rows of a shard. No device is named so: `/` is not allowed
+    in a device's name, and an epoch has 32 digits."""
+    return f"shard/{shard:02d}"
+
+
+def _wall_clock_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class RawTable:
+    """One stream's table as one gateway process sees it. Not thread-safe; holds one Delta handle."""
+
+    def __init__(
+        self,
+        store: Store,
+        stream: str,
+        *,
+        max_clock_skew_s: float = 31 * 86_400,
+        part_bytes_max: int = 128 * 1024 * 1024,
+        columns_max: int = COLUMNS_MAX,
+        schemas: SchemaObjects | None = None,
+        clock_ms: Callable[[], int] = _wall_clock_ms,
+    ) -> None:
+        """Touch nothing yet.
+
+        Args:
+            store: where the lake is.
+            stream: the stream's name.
+            max_clock_skew_s: a `ts` further than this from its arrival does not decide the row's date.
+            part_bytes_max: rows of one Parquet file, as bytes in memory.
+            columns_max: most columns the table may have.
+            schemas: the schema objects of the lake, to share their cache between streams.
+            clock_ms: wall clock for the modification times of files, milliseconds since 1970-01-01 UTC.
+        """
+        self.stream = stream
+        self._store = store
+        self._path = table_path(stream)
+        self._uri = store.table_uri(self._path)
+        self._max_clock_skew_us = int(max_clock_skew_s * 1_000_000)
+        self._part_bytes_max = part_bytes_max
+        self._columns_max = columns_max
+        self._schemas = schemas if schemas is not None else SchemaObjects(store)
+        self._clock_ms = clock_ms
+        self._handle: DeltaTable | None = None
+        self._log = TransactionLog(store, self._path)
+        self._columns: Columns = {}
+        self._planned: Columns = BASE_COLUMNS
+        self._verdicts: dict[str, Rejected | None] = {}
+        self._wire: OrderedDict[bytes, WireSchema] = OrderedDict()
+        self._last_wire: WireSchema | None = None
+
+    @property
+    def version(self) -> int:
+        """Version of the table as of the last refresh, -1 where there is none."""
+        return -1 if self._handle is None else self._handle.version()
+
+    def refresh(self) -> None:
+        """See the latest commit. That there is no table yet is fine.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        handle, self._handle = self._handle, None  # after an error the next refresh opens the table anew
+        before = -1 if handle is None else handle.version()
+        try:
+            with self._store.translated(f"open table {self._path}"):
+                if handle is None:
+                    handle = DeltaTable(self._uri, storage_options=self._store.storage_options)
+                    self._log.forget()
+                else:
+                    handle.update_incremental()
+        except ObjectMissingError:
+            self._log.forget()
+            self._columns, self._planned, self._verdicts = {}, BASE_COLUMNS, {}
+            return
+        self._log.advance(handle.version())
+        if handle.version() != before or self._planned is not self._columns:
+            self._columns = columns_of(pa.schema(handle.schema().to_arrow()))
+            self._planned = self._columns
+            self._verdicts = {}
+        self._handle = handle
+
+    def watermark(self, device: str, epoch: str) -> int:
+        """Highest committed seq of a lane, 0 where there is none, as of the last refresh.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        return self._transaction(lane_app_id(device, epoch))
+
+    def watermarks(self, lanes: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
+        """Watermarks of many lanes.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        return {lane: self.watermark(*lane) for lane in lanes}
+
+    def shard_counter(self, shard: int) -> int:
+        """How many commits brought rows or watermarks of this shard, as of the last refresh.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        return self._transaction(shard_app_id(shard))
+
+    def unfit(self, schema: pa.Schema) -> Rejected | None:
+        """Why batches of this wire schema cannot stand in the table; None where they can, perhaps with new columns.
+
+        Judged against the table as of the last refresh and the schemas found fit since: of two schemas that contradict
+        each other, the one that was asked for first fits.
+        """
+        wire = self._wire_schema(schema)
+        if wire.fingerprint not in self._verdicts:
+            try:
+                self._planned = grow(self._planned, wire, self.stream, self._columns_max)
+                self._verdicts[wire.fingerprint] = None
+            except Rejected as rejected:
+                self._verdicts[wire.fingerprint] = rejected
+        return self._verdicts[wire.fingerprint]
+
+    def append(
+        self,
+        batches: Sequence[RawBatch],
+        watermarks: Mapping[tuple[str, str], int],
+        shard_counters: Mapping[int, int],
+    ) -> AppendResult:
+        """Commit rows, watermarks and counters in one atomic act, on the handle as of the last refresh.
+
+        Args:
+            batches: rows to add, each of a schema that is not `unfit`. May be empty where seqs are only stepped over.
+            watermarks: new watermark of every lane that moves.
+            shard_counters: new counter of every shard of those lanes.
+
+        Returns:
+            What was committed.
+
+        Raises:
+            CommitConflictError: somebody else moved one of these lanes or shards or changed the columns since the last
+                refresh. Nothing was committed: refresh, check again, try again.
+            StoreUnavailableError: it is not known whether it was committed. The same path shows it.
+            Rejected: a batch's schema is unfit. Nothing was committed.
+        """
+        for batch in batches:
+            unfit = self.unfit(batch.batch.schema)
+            if unfit is not None:
+                raise unfit
+        wires = {wire.fingerprint: wire for wire in (self._wire_schema(batch.batch.schema) for batch in batches)}
+        for wire in wires.values():
+            self._schemas.keep(wire.fingerprint, wire.serialized)
+        added = self._ensure_columns(wires.values())
+        handle = self._handle
+        assert handle is not None
+        actions: list[AddAction | RemoveAction] = []
+        rows = skewed = size = 0
+        for part in parts_of(sorted(batches, key=sort_key), self._part_bytes_max):
+            found, part_skewed = self._write(part)
+            actions += found
+            rows += sum(batch.batch.num_rows for batch in part)
+            skewed += part_skewed
+            size += sum(action.size for action in found)
+        transactions = [Transaction(lane_app_id(*lane), seq) for lane, seq in watermarks.items()]
+        transactions += [Transaction(shard_app_id(shard), count) for shard, count in shard_counters.items()]
+        base = handle.version()
+        with self._store.translated(f"commit to table {self._path}"):
+            handle.create_write_transaction(
+                actions,
+                mode="append",
+                schema=handle.schema(),
+                partition_by=[columns.DATE],
+                commit_properties=CommitProperties(app_transactions=transactions),
+            )
+        self._store.sync_commits(self._path, base)
+        return AppendResult(rows, len(batches), len(actions), size, skewed, added)
+
+    def _write(self, batches: Sequence[RawBatch]) -> tuple[list[AddAction], int]:
+        """Write batches as Parquet files, one per date, under names that nobody else uses."""
+        parts, skewed = build(batches, self._wire_schema, self._columns, self._max_clock_skew_us)
+        actions = []
+        for part in parts:
+            name = f"{columns.DATE}={part.date}/part-{secrets.token_hex(16)}.zstd.parquet"
+            data = encode(part.table, REPEATING, COUNTING)
+            self._store.put(f"{self._path}/{name}", data)
+            actions.append(
+                AddAction(name, data.size, {columns.DATE: part.date}, self._clock_ms(), True, part.stats.decode())
+            )
+        return actions, skewed
+
+    def _ensure_columns(self, wires: Iterable[WireSchema]) -> tuple[str, ...]:
+        """Make the table, or add the columns that it lacks, so that the handle's version is the next one and no
+        other."""
+        needed = dict(self._columns or BASE_COLUMNS)
+        for wire in wires:
+            for slot in wire.slots:
+                needed[slot.field.name] = self._planned[slot.field.name]
+        have = self._columns
+        changed = [
+            field
+            for name, field in needed.items()
+            if name not in have or not field.equals(have[name], check_metadata=True)
+        ]
+        if self._handle is None:
+            self._create(needed)
+        elif changed:
+            self._add_columns(self._handle, changed)
+        self._columns = needed
+        return tuple(field.name for field in changed)
+
+    def _create(self, needed: Columns) -> None:
+        with self._store.translated(f"create table {self._path}"):
+            handle = DeltaTable.create(
+                self._uri,
+                Schema.from_arrow(table_schema(needed)),
+                mode="error",
+                partition_by=[columns.DATE],
+                configuration=_CONFIGURATION,
+                storage_options=self._store.storage_options,
+            )
+        self._store.sync_commits(self._path, -1)
+        self._check_alone(handle, -1)
+
+    def _add_columns(self, handle: DeltaTable, fields: list[pa.Field]) -> None:
+        base = handle.version()
+        self._handle = None
+        with self._store.translated(f"add columns to table {self._path}"):
+            handle.alter.add_columns(list(Schema.from_arrow(pa.schema(fields)).fields))
+        self._store.sync_commits(self._path, base)
+        self._check_alone(handle, base)
+
+    def _check_alone(self, handle: DeltaTable, base: int) -> None:
+        """The caller judged the table at version `base`; a commit that slipped in between may have moved its lanes."""
+        if handle.version() != base + 1:
+            raise CommitConflictError(
+                f"table {self._path} went from version {base} to {handle.version()} while its columns changed; "
+                "refresh and check again"
+            )
+        self._handle = handle
+
+    def _wire_schema(self, schema: pa.Schema) -> WireSchema:
+        last = self._last_wire
+        if last is not None and schema.equals(last.schema, check_metadata=True):
+            return last
+        serialized = schema.serialize().to_pybytes()
+        wire = self._wire.get(serialized)
+        if wire is None:
+            wire = self._wire[serialized] = read_schema(schema, serialized)
+            if len(self._wire) > _WIRE_SCHEMAS_MAX:
+                self._wire.popitem(last=False)
+        self._last_wire = wire
+        return wire
+
+    def _transaction(self, app_id: str) -> int:
+        if self._handle is None:
+            return 0
+        version = self._log.get(app_id)
+        if version is None:
+            with self._store.translated(f"read table {self._path}"):
+                version = self._handle.transaction_version(app_id) or 0
+        return version
