@@ -113,6 +113,10 @@ SignalBox: TypeAlias = "Inbox[tuple[Connection, Signal]]"
 class Transport(Protocol):
     """A way to reach the broker."""
 
+    @property
+    def attempt_timeout_s(self) -> float:
+        """An attempt that is not ready after this time will not become so."""
+
     def connect(self, will: Will, topics: Sequence[str], inbox: SignalBox) -> Connection:
         """Begin an attempt; it says in `inbox` how it went."""
 
@@ -129,6 +133,11 @@ class PahoTransport:
     def __init__(self, settings: BrokerSettings, device: str, secret: Secret) -> None:
         self._settings, self._device, self._secret = settings, device, secret
         self._address = BrokerAddress.parse(settings.url)
+
+    @property
+    def attempt_timeout_s(self) -> float:
+        """Three times the timeout of one step: TCP, TLS, and the broker's answers."""
+        return 3 * self._settings.connect_timeout_s
 
     def connect(self, will: Will, topics: Sequence[str], inbox: SignalBox) -> Connection:
         """Begin an attempt in a thread of its own: name look-up, TCP and TLS may each take seconds."""
@@ -151,7 +160,9 @@ class PahoConnection:
         inbox: SignalBox,
     ) -> None:
         self._settings, self._address, self._device, self._secret = settings, address, device, secret
-        self._will, self._topics, self._inbox = will, list(topics), inbox
+        # Its own status last: what is retained there tells whether another client has used this name meanwhile. Most
+        # brokers do not say so when they end a connection for it.
+        self._will, self._topics, self._inbox = will, [*topics, will.topic], inbox
         self._v5 = settings.mqtt5
         self._client = self._make_client()
         self._pending = 0
@@ -162,6 +173,8 @@ class PahoConnection:
         self._lost: Lost | None = None
         self._said_lost = False
         self._connacked = False
+        self._granted = False
+        self._publishes_max = PUBLISHES_MAX
         self._payload_bytes_max = DEFAULT_LIMITS.payload_bytes_max
         self._thread = threading.Thread(target=self._run, name="uplink-network", daemon=True)
 
@@ -177,9 +190,9 @@ class PahoConnection:
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
         """Hand over a message, QoS 1; False when there is no room now or the connection is over."""
         with self._settled:
-            if self._over:
+            if self._over or not self._granted:
                 return False
-            if self._pending >= PUBLISHES_MAX:
+            if self._pending >= self._publishes_max:
                 self._starved = True
                 return False
             self._pending += 1
@@ -227,6 +240,13 @@ class PahoConnection:
             self._say_lost(LossCause.FAULT, _named(error))
         self._end()
         self._say_lost(*self._verdict())
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Break the circle between client and callbacks: its sockets shall close with it, not whenever gc comes by."""
+        client = self._client
+        client.on_connect = client.on_subscribe = client.on_message = None
+        client.on_publish = client.on_disconnect = None
 
     def _connect(self) -> None:
         settings, client = self._settings, self._client
@@ -259,7 +279,7 @@ class PahoConnection:
         # With this callback set, `publish` only queues and rings the network thread; otherwise paho would write to the
         # socket from the calling thread, in between the packets of the other.
         client.on_socket_register_write = _leave_it_to_the_loop
-        client.max_queued_messages_set(2 * PUBLISHES_MAX)
+        client.max_inflight_messages_set(0)  # bounded here, by what the broker says when it accepts the connection
         return client
 
     def _on_connect(
@@ -270,7 +290,7 @@ class PahoConnection:
             self._lost = _refused(reason)
             return
         # MQTT 5, 3.2.2.3: what the broker allows; absent means the protocol's own maximum.
-        client.max_inflight_messages_set(min(getattr(properties, "ReceiveMaximum", 65_535), PUBLISHES_MAX))
+        self._publishes_max = min(getattr(properties, "ReceiveMaximum", 65_535), PUBLISHES_MAX)
         packet_bytes_max = getattr(properties, "MaximumPacketSize", PACKET_BYTES_MAX)
         self._payload_bytes_max = min(packet_bytes_max, PACKET_BYTES_MAX) - PACKET_OVERHEAD_BYTES_MAX
         self._subscribe_next()
@@ -278,21 +298,22 @@ class PahoConnection:
     def _subscribe_next(self) -> None:
         # One filter after the other, the acknowledgements first: a broker answers in order, so that all it had retained
         # for one filter is here before the next is granted.
-        topic = self._topics.pop(0)
-        self._client.subscribe(topic, qos=1)
+        self._client.subscribe(self._topics[0], qos=1)
 
     def _on_subscribe(
         self, client: Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: Properties | None
     ) -> None:
-        if any(reason.is_failure for reason in reasons):
+        topic = self._topics.pop(0)
+        if any(reason.is_failure for reason in reasons) and topic != self._will.topic:
             self._lost = Lost(
                 LossCause.NOT_AUTHORISED,
-                f"the broker refuses a subscription ({reasons[0]}); allow this device to read hw/v1/+/{self._device}",
+                f"the broker refuses the subscription to {topic} ({reasons[0]}); allow this device to read it",
             )
             client.disconnect()
         elif self._topics:
             self._subscribe_next()
         else:
+            self._granted = True
             self._say(Ready(self._payload_bytes_max))
 
     def _on_message(self, client: Client, userdata: object, message: MQTTMessage) -> None:
