@@ -75,7 +75,7 @@ def settle(
     kept: list[Pending] = []
     missing: dict[Lane, int] = {}
     duplicates = 0
-    advanced: dict[Lane, int] = {}
+    advanced: dict[tuple[str, str], int] = {}
     for lane, batches in lanes.items():
         held = continuation(marks[lane], [Offer(batch.seq, batch.floor) for batch in batches])
         kept.extend(batches[index] for index in held.kept)
@@ -97,7 +97,7 @@ def settle(
         rows, batches_stored = result.rows, len(fitting)
         skewed, parquet_bytes = result.skewed_rows, result.bytes
     return Outcome(
-        committed=marks | advanced,
+        committed=marks | {Lane(*lane): mark for lane, mark in advanced.items()},
         missing=missing,
         counters=seen,
         foreign_shards=foreign,
@@ -118,7 +118,7 @@ def _sort_out(
     numbered = [
         numbers.number(batch.content.schema) if isinstance(batch.content, pa.RecordBatch) else -1 for batch in batches
     ]
-    unfit = table.unfit(numbers.schemas)
+    unfit = [table.unfit(schema) for schema in numbers.schemas]
     fitting: list[RawBatch] = []
     refused: list[QuarantineRecord] = []
     for batch, number in zip(batches, numbered, strict=True):

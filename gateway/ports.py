@@ -55,10 +55,10 @@ class StreamTable(Protocol):
     def shard_counter(self, shard: int) -> int:
         """How often rows of this shard were committed."""
 
-    def unfit(self, schemas: Sequence[pa.Schema]) -> Sequence[Rejected | None]:
-        """Why batches of each schema cannot stand in the table; None where they can.
+    def unfit(self, schema: pa.Schema) -> Rejected | None:
+        """Why batches of this schema cannot stand in the table; None where they can.
 
-        Judged in order: a schema that fits extends what the next is judged against.
+        A schema that fits extends what the next is judged against, until the next `refresh`.
         """
 
     def append(

@@ -136,7 +136,7 @@ def test_every_reading_arrives_exactly_once_under_seeded_schedules(seed: int) ->
         except BrokenPromiseError as broken:
             pytest.fail(f"seed {number}: {broken}")
         steps_run += world.steps
-        stored += len(world.lake.rows(worlds.STREAM))
+        stored += len(world.lake.batches(worlds.STREAM))
         evicted += len(world.evicted)
         quarantined += len(world.quarantined)
     # A world in which nothing arrives, or in which buffers never overflow, would prove nothing.

@@ -141,9 +141,9 @@ class FaultyTable:
         """Never fails: it reads what `refresh` fetched."""
         return self._table.shard_counter(shard)
 
-    def unfit(self, schemas: Sequence[pa.Schema]) -> Sequence[Rejected | None]:
+    def unfit(self, schema: pa.Schema) -> Rejected | None:
         """Never fails: it reads what `refresh` fetched."""
-        return self._table.unfit(schemas)
+        return self._table.unfit(schema)
 
     def append(
         self,
@@ -367,7 +367,7 @@ class World:
     def check(self) -> None:
         """Safety, after every step: nothing twice, nothing wrong, nothing gone that was accepted and not given up."""
         stored: dict[tuple[str, str, int], int] = {}
-        for batch in self.lake.rows(STREAM):
+        for batch in self.lake.batches(STREAM):
             key = (batch.device, batch.epoch, batch.seq)
             value = batch.batch.column("x")[0].as_py()
             if key in stored:
@@ -407,7 +407,7 @@ class World:
         left = {name: device.held() for name, device in self.devices.items() if device.held()}
         if left:
             raise BrokenPromiseError(f"stuck: {left}")
-        stored = {(batch.device, batch.epoch, batch.seq) for batch in self.lake.rows(STREAM)}
+        stored = {(batch.device, batch.epoch, batch.seq) for batch in self.lake.batches(STREAM)}
         for key in self.accepted.keys() - stored - self.quarantined.keys():
             if key not in self.evicted:
                 raise BrokenPromiseError(f"false gap: {key} was never given up")
