@@ -91,7 +91,7 @@ class ScanLayout:
         """The values of each channel, shifted, masked and sign-extended, not scaled.
 
         Args:
-            scans: a whole number of scans.
+            scans: a whole number of scans, at least one.
         """
         columns: dict[str, pa.Array] = {}
         for layout, elements in self._formats:

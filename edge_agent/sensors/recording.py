@@ -53,7 +53,7 @@ class FileOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Column names of a CSV file without a header line."""
     skip_rows: int = 0
     """Lines before the header of a CSV file."""
-    null_values: list[str] = ["", "NA", "N/A", "NULL", "null"]
+    null_values: tuple[str, ...] = ("", "NA", "N/A", "NULL", "null")
     """Texts of a CSV file that mean null in number columns. In text columns they are texts."""
 
 
@@ -163,7 +163,7 @@ class Recording:
         convert = pacsv.ConvertOptions(
             column_types=types,
             include_columns=wanted,
-            null_values=options.null_values,
+            null_values=list(options.null_values),
             strings_can_be_null=False,
             decimal_point=options.decimal_point,
         )

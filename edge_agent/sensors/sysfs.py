@@ -43,7 +43,7 @@ def write_text(path: Path, text: str, driver: str) -> None:
             file.write(text.encode())
     except PermissionError as error:
         raise SensorConfigError(
-            f"driver {driver!r}: {path} may not be written; give the agent's user that right (a udev rule), or run as root"
+            f"driver {driver!r}: {path} may not be written; give the agent's user that right (a udev rule)"
         ) from error
     except FileNotFoundError as error:
         raise SensorConfigError(f"driver {driver!r}: there is no {path}; the device has no such setting") from error
