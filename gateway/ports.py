@@ -35,6 +35,10 @@ class Pending(NamedTuple):
     topic: str
     payload: bytes
     """Kept for quarantine until the commit."""
+    sent_at_us: int = 0
+    """Device wall clock at sending, microseconds since 1970-01-01 UTC."""
+    held_bytes: int = 0
+    """Taken of the gateway's memory budget for this batch (see `gateway.budget`)."""
 
     @property
     def size_bytes(self) -> int:

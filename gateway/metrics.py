@@ -1,0 +1,101 @@
+"""The gateway's figures for Prometheus: `headwater_gateway_…`, in a registry that is handed in.
+
+Every bound stands beside what it bounds: `…_max` is the limit, the same name without it the figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+_LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0, 86_400.0)
+_COMMIT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_PREFIX = "headwater_gateway_"
+
+
+class GatewayMetrics:
+    """Every metric of a gateway process.
+
+    Args:
+        registry: where they are registered; one per process, a fresh one in tests.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+        def counter(name: str, help_text: str, *labels: str) -> Counter:
+            return Counter(_PREFIX + name, help_text, labels, registry=registry)
+
+        def histogram(name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(_PREFIX + name, help_text, buckets=buckets, registry=registry)
+
+        # What arrives.
+        self.received_messages = counter("received_messages_total", "Messages on batch topics, good or bad")
+        self.received_bytes = counter("received_bytes_total", "Bytes of their payloads")
+        self.received_batches = counter("received_batches_total", "Batches that could be read, repeated ones included")
+        self.received_rows = counter("received_rows_total", "Readings in them")
+        self.refused = counter("refused_total", "Payloads that break the contract, on arrival", "reason")
+        self.shed = counter("shed_total", "Batches dropped unanswered; their devices keep them", "cause")
+        self.duplicates = counter("duplicates_total", "Batches that were in the lake, or on their way, already", "seen")
+        self.rewinds = counter("rewinds_total", "Times that a device was asked to send again from a seq")
+        self.rewinds_held_back = counter("rewinds_held_back_total", "Rewinds not sent, because one just was")
+
+        # What is committed.
+        self.commits = counter("commits_total", "Commits to stream tables")
+        self.committed_rows = counter("committed_rows_total", "Readings committed")
+        self.committed_batches = counter("committed_batches_total", "Batches committed")
+        self.parquet_bytes = counter("parquet_bytes_total", "Bytes of Parquet committed")
+        self.skewed_rows = counter("skewed_rows_total", "Readings committed whose ts is too far from their arrival")
+        self.stepped_over = counter("stepped_over_total", "Batches in quarantine whose seq a commit stepped over")
+        self.conflicts = counter("conflicts_total", "Commits refused because another gateway committed first")
+        self.foreign_commits = counter("foreign_commits_total", "Times that a shard had moved without this gateway")
+        self.store_errors = counter("store_errors_total", "Times that the lake did not answer, or refused")
+        self.faults = counter("faults_total", "Unexpected errors: bugs; the log has them", "where")
+        self.commit_seconds = histogram("commit_seconds", "One flush, from its start to its commit", _COMMIT_BUCKETS_S)
+        self.arrival_seconds = histogram("arrival_to_commit_seconds", "Batches: arrival to commit", _LATENCY_BUCKETS_S)
+        self.sent_seconds = histogram(
+            "sent_to_commit_seconds",
+            "Batches: last sending by a device with a right clock to commit",
+            _LATENCY_BUCKETS_S,
+        )
+
+        # What is answered.
+        self.acks = counter("acks_total", "Acknowledgement documents handed to the broker")
+        self.rewinds_dropped = counter("rewinds_dropped_total", "Rewinds dropped because the queue was full")
+
+        # Quarantine.
+        self.quarantined = counter("quarantined_total", "Payloads written to inbox/quarantine", "reason")
+        self.quarantine_repeated = counter("quarantine_repeated_total", "Payloads refused again, written once")
+        self.quarantine_dropped = counter("quarantine_dropped_total", "Payloads refused and lost: the queue was full")
+
+        # Broker.
+        self.broker_connects = counter("broker_connects_total", "Connection attempts", "role")
+        self.broker_losses = counter("broker_losses_total", "Connections that failed or ended", "role")
+        self.unpublished = counter("unpublished_total", "Messages not taken: no connection, or no room", "role")
+
+        # Register of devices.
+        self.registry_rows = counter("registry_rows_total", "Rows written to control/devices", "event")
+        self.registry_dropped = counter("registry_dropped_total", "Changes not written, because the queue was full")
+        self.documents_refused = counter("documents_refused_total", "Presence or reported documents refused", "kind")
+        self.http_requests = counter("http_requests_total", "HTTP requests", "route", "status")
+        ProcessCollector(namespace=_PREFIX.rstrip("_"), registry=registry)
+
+    def watch(self, name: str, help_text: str, figure: Callable[[], float], limit: float | None = None) -> None:
+        """Expose a figure that somebody else keeps, and the limit it has.
+
+        Args:
+            name: without prefix; the limit becomes `<name>_max`.
+            help_text: for people.
+            figure: read at each exposition, from the exposing thread.
+            limit: the bound, where there is one.
+        """
+        Gauge(_PREFIX + name, help_text, registry=self.registry).set_function(figure)
+        if limit is not None:
+            Gauge(f"{_PREFIX}{name}_max", f"Limit: {help_text[0].lower()}{help_text[1:]}", registry=self.registry).set(
+                limit
+            )
+
+    def exposition(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)
