@@ -1,0 +1,502 @@
+"""The uplink's thread over a broker that only records, and a buffer in memory."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from prometheus_client import CollectorRegistry
+
+from contract import topics
+from contract.batches import Clock
+from contract.codec import decode_body, encode_body, unseal
+from contract.limits import DEFAULT_LIMITS
+from contract.messages import Ack, Presence, Rewind, Watermark, decode, encode
+from edge_agent import uplink as uplink_module
+from edge_agent.buffer.memory import MemoryBuffer
+from edge_agent.buffer.port import BufferUnavailableError, StreamCaps, WhenFull
+from edge_agent.events import Event, Kind
+from edge_agent.inbox import Inbox
+from edge_agent.metrics import AgentMetrics
+from edge_agent.settings import UplinkSettings
+from edge_agent.transport import Connection, LossCause, Lost, PublishRefused, Ready, Received, Signal, Will
+from edge_agent.uplink import Identity, Uplink
+
+CLOCK = Clock(True, 1_700_000_000_000_000, 5, "ab" * 16)
+READY = Ready(8 * 1024 * 1024)
+DEADLINE_S = 20.0
+
+
+def wait_until(predicate: Callable[[], Any], what: str) -> Any:
+    deadline_s = time.monotonic() + DEADLINE_S
+    pause = threading.Event()
+    while not (found := predicate()):
+        assert time.monotonic() < deadline_s, f"not within {DEADLINE_S} s: {what}"
+        pause.wait(0.005)
+    return found
+
+
+class FakeConnection:
+    """Records what is published; the test says what the broker says."""
+
+    def __init__(self, will: Will, names: Sequence[str], inbox: Inbox[tuple[Connection, Signal]]) -> None:
+        self.will, self.topics, self._inbox = will, list(names), inbox
+        self.published: list[tuple[str, bytes, bool]] = []
+        self.room = 1_000_000
+        self.abandoned = self.closed = False
+
+    @property
+    def finished(self) -> bool:
+        return self.abandoned or self.closed
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
+        if self.room == 0 or self.finished:
+            return False
+        self.room -= 1
+        self.published.append((topic, payload, retain))
+        return True
+
+    def abandon(self) -> None:
+        self.abandoned = True
+
+    def close(self, timeout_s: float) -> None:
+        self.closed = True
+
+    def say(self, *signals: Signal) -> None:
+        for signal in signals:
+            self._inbox.post((self, signal))
+
+    def make_room(self, room: int) -> None:
+        self.room = room
+        self._inbox.wake()
+
+    def batches(self) -> list[tuple[str, int]]:
+        """(stream, seq) of every batch, in the order of sending."""
+        sent = [unseal(payload).envelope for topic, payload, _ in list(self.published) if "/up/" in topic]
+        return [(envelope.stream, envelope.seq) for envelope in sent]
+
+
+class FakeTransport:
+    """Gives the test each attempt."""
+
+    attempt_timeout_s = 60.0
+
+    def __init__(self) -> None:
+        self.attempts: list[FakeConnection] = []
+
+    def connect(self, will: Will, names: Sequence[str], inbox: Inbox[tuple[Connection, Signal]]) -> FakeConnection:
+        self.attempts.append(FakeConnection(will, names, inbox))
+        return self.attempts[-1]
+
+    def attempt(self, number: int) -> FakeConnection:
+        """The attempt of this number, counted from 0, once it is made."""
+        found: FakeConnection = wait_until(
+            lambda: self.attempts[number] if len(self.attempts) > number else None, f"attempt {number}"
+        )
+        return found
+
+
+class SystemClock:
+    def wall_us(self) -> int:
+        return time.time_ns() // 1000
+
+    def monotonic_s(self) -> float:
+        return time.monotonic()
+
+
+class Bench:
+    """An uplink with everything around it."""
+
+    def __init__(self, buffer: MemoryBuffer, **settings: Any) -> None:
+        self.buffer = buffer
+        self.transport = FakeTransport()
+        self.events: list[Event] = []
+        self.desired: list[bytes] = []
+        self.metrics = AgentMetrics(CollectorRegistry())
+        self.uplink = Uplink(
+            identity=Identity(device="pi-1", agent="test 1", boot="ab" * 16),
+            buffer=buffer,
+            settings=UplinkSettings(**{"reconnect_base_s": 0.01, "reconnect_max_s": 0.02, **settings}),
+            transport=self.transport,
+            clock=SystemClock(),
+            metrics=self.metrics,
+            report=self.events.append,
+            desired=self.desired.append,
+            rng=random.Random(1),
+        )
+        self.failure: BaseException | None = None
+        self.thread = threading.Thread(target=self._run)
+
+    def start(self) -> FakeConnection:
+        self.thread.start()
+        return self.transport.attempt(0)
+
+    def start_ready(self, *retained: Signal) -> FakeConnection:
+        connection = self.start()
+        connection.say(*retained, READY)
+        wait_until(lambda: self.uplink.state.connected, "connected")
+        return connection
+
+    def kinds(self) -> list[Kind]:
+        return [event.kind for event in self.events]
+
+    def stop(self) -> None:
+        if self.thread.ident is not None:
+            self.uplink.drain(0.0)
+            self.thread.join(DEADLINE_S)
+            assert not self.thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self.uplink.run()
+        except BaseException as error:  # noqa: BLE001 - the test reads it
+            self.failure = error
+
+
+Benches = Callable[..., Bench]
+
+
+@pytest.fixture
+def bench() -> Iterator[Benches]:
+    made: list[Bench] = []
+
+    def make(buffer: MemoryBuffer, **settings: Any) -> Bench:
+        made.append(Bench(buffer, **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+        assert one.failure is None
+
+
+def new_buffer(when_full: WhenFull = WhenFull.DROP_OLDEST, bytes_max: int = 1 << 20) -> MemoryBuffer:
+    caps = StreamCaps(bytes_max=bytes_max, age_max_s=1e9, when_full=when_full, thin_keep_every=2)
+    return MemoryBuffer({"s": caps, "t": caps}, 1 << 30)
+
+
+def body(rows: int = 3) -> bytes:
+    ts = pa.array(range(rows), pa.timestamp("us", "UTC"))
+    return encode_body(pa.record_batch([ts, pa.array(range(rows), pa.int64())], ["ts", "x"]))
+
+
+def fill(buffer: MemoryBuffer, batches: int, stream: str = "s") -> str:
+    for _ in range(batches):
+        epoch = buffer.append(stream, body(), 3, CLOCK).epoch
+    return epoch
+
+
+def ack(stream: str, epoch: str, seq: int) -> Received:
+    return Received(topics.ack("pi-1"), encode(Ack(committed=(Watermark(stream, epoch, seq),))))
+
+
+def live(buffer: MemoryBuffer, stream: str = "s") -> str:
+    return next(lane.epoch for lane in buffer.lanes() if lane.live and lane.stream == stream)
+
+
+def test_nothing_is_sent_before_the_connection_is_ready_and_retained_acks_were_seen(bench: Benches) -> None:
+    """Mutants tried: pumping as soon as there is a connection."""
+    buffer = new_buffer()
+    epoch = fill(buffer, 5)
+    buffer.reopen()
+    one = bench(buffer)
+    connection = one.start()
+    connection.say(ack("s", epoch, 3))
+    wait_until(lambda: buffer.floor("s", epoch) == 4, "the retained ack is followed")
+    assert connection.published == []
+    connection.say(READY)
+    wait_until(lambda: connection.batches(), "the rest is sent")
+    assert connection.batches()[0] == ("s", 4)
+
+
+def test_an_envelope_says_what_is_sent_and_what_the_buffer_still_holds_at_that_moment(bench: Benches) -> None:
+    """Mutants tried: floor taken from the batch that was chosen, not from the buffer."""
+    buffer = new_buffer()
+    one = bench(buffer)
+    connection = one.start_ready()
+    epoch = fill(buffer, 2)
+    one.uplink.stored(new_lane=True)
+    wait_until(lambda: len(connection.batches()) == 2, "both are sent")
+    topic, payload, retain = connection.published[-1]
+    assert (topic, retain) == (topics.up("pi-1", "s"), False)
+    envelope, content = unseal(payload)
+    assert (envelope.device, envelope.stream, envelope.epoch) == ("pi-1", "s", epoch)
+    assert (envelope.seq, envelope.floor, envelope.rows, envelope.clock) == (2, 1, 3, CLOCK)
+    assert decode_body(content, envelope, DEFAULT_LIMITS).num_rows == 3
+    connection.say(ack("s", epoch, 1))
+    wait_until(lambda: buffer.floor("s", epoch) == 2, "acknowledged")
+    connection.say(Received(topics.rewind("pi-1"), encode(Rewind(stream="s", epoch=epoch, expected=2))))
+    wait_until(lambda: len(connection.batches()) == 3, "sent again")
+    assert unseal(connection.published[-1][1]).envelope.floor == 2
+
+
+class ThinningBuffer(MemoryBuffer):
+    """Thins the batch after it was chosen and before it is fetched, as a full buffer may."""
+
+    def fetch(self, stream: str, epoch: str, seq: int) -> Any:
+        self.between()
+        return super().fetch(stream, epoch, seq)
+
+    def between(self) -> None:
+        """What happens in between."""
+
+
+def test_a_batch_thinned_or_evicted_after_it_was_chosen_is_never_sent_with_the_old_envelope(bench: Benches) -> None:
+    size = len(body(400))
+    caps = StreamCaps(bytes_max=size + 1, age_max_s=1e9, when_full=WhenFull.THIN, thin_keep_every=2)
+    buffer = ThinningBuffer({"s": caps}, 1 << 30)
+    buffer.append("s", body(400), 400, CLOCK)
+    acted = []
+
+    def between() -> None:
+        if not acted:
+            acted.append(True)
+            buffer.append("s", body(3), 3, CLOCK)
+
+    buffer.between = between  # type: ignore[method-assign]
+    one = bench(buffer)
+    connection = one.start_ready()
+    wait_until(lambda: connection.batches(), "sent")
+    envelope, content = unseal(connection.published[1][1])
+    assert 3 < envelope.rows < 400
+    assert decode_body(content, envelope, DEFAULT_LIMITS).num_rows == envelope.rows
+
+
+def test_what_was_not_acknowledged_is_sent_again_on_the_next_connection(bench: Benches) -> None:
+    buffer = new_buffer()
+    one = bench(buffer)
+    first = one.start_ready()
+    epoch = fill(buffer, 3)
+    one.uplink.stored(new_lane=True)
+    wait_until(lambda: len(first.batches()) == 3, "sent")
+    first.say(ack("s", epoch, 1), Lost(LossCause.LOST, "gone"))
+    second = one.transport.attempt(1)
+    assert first.abandoned
+    second.say(READY)
+    wait_until(lambda: len(second.batches()) == 2, "sent again")
+    assert second.batches() == [("s", 2), ("s", 3)]
+    assert one.metrics.resent_batches._value.get() == 2
+
+
+def test_the_last_words_of_a_connection_given_up_change_nothing(bench: Benches) -> None:
+    one = bench(new_buffer())
+    first = one.start_ready()
+    first.say(Lost(LossCause.LOST, "gone"))
+    second = one.transport.attempt(1)
+    second.say(READY)
+    wait_until(lambda: one.uplink.state.connected, "connected again")
+    first.say(Lost(LossCause.LOST, "really"), PublishRefused(1, "late"))
+    second.say(Received(topics.desired("pi-1"), b"marker"))
+    wait_until(lambda: one.desired, "the marker arrives")
+    assert len(one.transport.attempts) == 2
+    assert one.events == []
+
+
+def test_presence_and_reported_state_are_told_on_every_connection_and_the_will_tells_a_loss(bench: Benches) -> None:
+    one = bench(new_buffer())
+    one.uplink.publish_reported(b"reported")
+    first = one.start_ready()
+    wait_until(lambda: len(first.published) == 2, "told")
+    presence = decode(first.published[0][1], Presence)
+    assert (presence.online, presence.reason, first.published[0][2]) == (True, "started", True)
+    assert first.published[1] == (topics.reported("pi-1"), b"reported", True)
+    will = decode(first.will.payload, Presence)
+    assert (first.will.topic, will.online, will.reason) == (topics.status("pi-1"), False, "lost")
+    first.say(Lost(LossCause.LOST, "gone"))
+    second = one.transport.attempt(1)
+    second.say(READY)
+    wait_until(lambda: len(second.published) == 2, "told again")
+
+
+def test_a_restored_buffer_moves_its_fresh_batches_to_a_new_epoch(bench: Benches) -> None:
+    """The lake is ahead of the buffer: the new batches would have numbers that the lake has given already.
+
+    Mutants tried: the ack believed; the outcome of the ack ignored.
+    """
+    buffer = new_buffer()
+    old = fill(buffer, 3)
+    buffer.reopen()
+    fill(buffer, 2)
+    one = bench(buffer)
+    connection = one.start_ready(ack("s", old, 9))
+    wait_until(lambda: len(connection.batches()) == 2, "the fresh ones are sent")
+    assert connection.batches() == [("s", 1), ("s", 2)]
+    assert live(buffer) != old
+    assert one.kinds() == [Kind.BUFFER_RESTORED]
+    assert (one.events[0].stream, one.events[0].epoch, one.events[0].last_seq) == ("s", old, 9)
+
+
+def test_an_inherited_epoch_goes_on_only_if_the_retained_ack_proves_that_the_lake_is_not_ahead(bench: Benches) -> None:
+    """A buffer restored to a moment when all was acknowledged would give its next batch a number that is taken.
+
+    Mutants tried: epochs never left; a retained ack below the last seq taken as proof.
+    """
+    for retained, goes_on in ((3, True), (2, False), (None, False)):
+        buffer = new_buffer()
+        old = fill(buffer, 3)
+        buffer.acknowledge("s", old, 3)
+        buffer.reopen()
+        fill(buffer, 1)
+        one = bench(buffer)
+        connection = one.start_ready(*([] if retained is None else [ack("s", old, retained)]))
+        wait_until(lambda connection=connection: connection.batches(), "sent")
+        assert connection.batches() == [("s", 4 if goes_on else 1)]
+        assert (live(buffer) == old) is goes_on
+        assert one.kinds() == ([] if goes_on else [Kind.EPOCH_OPENED])
+
+
+def test_an_inherited_epoch_that_still_holds_batches_goes_on_with_one_of_them(bench: Benches) -> None:
+    buffer = new_buffer()
+    old = fill(buffer, 3)
+    buffer.reopen()
+    fill(buffer, 1)
+    one = bench(buffer)
+    connection = one.start_ready()
+    wait_until(lambda: connection.batches(), "the first is sent")
+    assert connection.batches() == [("s", 1)]
+    connection.say(ack("s", old, 1))
+    wait_until(lambda: len(connection.batches()) == 4, "the rest follows the first ack")
+    assert live(buffer) == old
+
+
+def test_a_full_outgoing_queue_delays_batches_and_loses_none(bench: Benches) -> None:
+    buffer = new_buffer()
+    one = bench(buffer)
+    connection = one.start_ready()
+    wait_until(lambda: connection.published, "presence")
+    connection.room = 1
+    fill(buffer, 3)
+    one.uplink.stored(new_lane=True)
+    wait_until(lambda: len(connection.batches()) == 1, "one has room")
+    connection.make_room(10)
+    wait_until(lambda: len(connection.batches()) == 3, "the others follow")
+    assert connection.batches() == [("s", 1), ("s", 2), ("s", 3)]
+
+
+def test_a_batch_too_large_for_the_broker_does_not_hold_up_other_streams(bench: Benches) -> None:
+    buffer = new_buffer()
+    buffer.append("s", body(5000), 5000, CLOCK)
+    one = bench(buffer)
+    connection = one.start()
+    connection.say(Ready(1_000))
+    wait_until(lambda: Kind.PAYLOAD_TOO_LARGE in one.kinds(), "reported")
+    fill(buffer, 1, "t")
+    one.uplink.stored(new_lane=True)
+    wait_until(lambda: connection.batches() == [("t", 1)], "the other stream is sent")
+    assert buffer.floor("s", live(buffer)) == 1
+
+
+def test_another_client_with_this_name_is_noticed_by_its_presence(bench: Benches) -> None:
+    """Most brokers end the older connection without a word.
+
+    Mutants tried: presences of this very process taken for another's.
+    """
+    one = bench(new_buffer())
+    first = one.start()
+    other = Presence(online=True, reason="started", at_us=1, agent="test 1", boot="cd" * 16)
+    status = topics.status("pi-1")
+    # What is retained from before this process is its own, or its predecessor's.
+    first.say(Received(status, encode(other)), READY)
+    wait_until(lambda: first.published, "presence")
+    first.say(Received(status, first.published[0][1]), Received(status, first.will.payload))
+    first.say(Lost(LossCause.LOST, "the connection broke"))
+    second = one.transport.attempt(1)
+    assert one.events == []
+    second.say(Received(status, encode(other)), READY)
+    wait_until(lambda: one.events, "noticed")
+    assert one.kinds() == [Kind.TAKEN_OVER]
+    assert one.events[0].detail["boot"] == "cd" * 16
+
+
+def test_a_stopping_agent_sends_what_it_holds_says_goodbye_and_only_then_ends(bench: Benches) -> None:
+    buffer = new_buffer()
+    one = bench(buffer)
+    connection = one.start_ready()
+    epoch = fill(buffer, 2)
+    one.uplink.stored(new_lane=True)
+    one.uplink.drain(DEADLINE_S)
+    wait_until(lambda: len(connection.batches()) == 2, "sent")
+    assert one.thread.is_alive()
+    connection.say(ack("s", epoch, 2))
+    one.thread.join(DEADLINE_S)
+    assert not one.thread.is_alive()
+    topic, payload, retain = connection.published[-1]
+    presence = decode(payload, Presence)
+    assert (topic, presence.online, presence.reason, retain) == (topics.status("pi-1"), False, "stopped", True)
+    assert connection.closed
+
+
+def test_a_stopping_agent_without_a_connection_ends_at_once(bench: Benches) -> None:
+    buffer = new_buffer()
+    fill(buffer, 2)
+    one = bench(buffer, reconnect_base_s=60.0, reconnect_max_s=60.0)
+    one.start().say(Lost(LossCause.UNREACHABLE, "no network"))
+    wait_until(lambda: one.uplink.state.last_loss, "lost")
+    one.uplink.drain(600.0)
+    one.thread.join(DEADLINE_S)
+    assert not one.thread.is_alive()
+    assert len(buffer.lanes()) == 1
+
+
+def test_damaged_control_messages_are_counted_and_change_nothing(bench: Benches) -> None:
+    one = bench(new_buffer())
+    connection = one.start_ready()
+    connection.say(
+        Received(topics.ack("pi-1"), b"{"),
+        Received(topics.ack("pi-1"), b'{"v":9,"committed":[]}'),
+        Received(topics.rewind("pi-1"), b"\xff"),
+        Received(topics.desired("pi-1"), b"marker"),
+    )
+    wait_until(lambda: one.desired == [b"marker"], "the message behind them arrives")
+    assert one.metrics.control_refused.labels("ack")._value.get() == 2
+    assert one.metrics.control_refused.labels("rewind")._value.get() == 1
+
+
+class FailingBuffer(MemoryBuffer):
+    """A disk that refuses for a while."""
+
+    refusals = 0
+
+    def acknowledge(self, stream: str, epoch: str, seq: int) -> int:
+        if self.refusals:
+            self.refusals -= 1
+            raise BufferUnavailableError("the disk refuses")
+        return super().acknowledge(stream, epoch, seq)
+
+
+def test_an_ack_that_the_disk_refused_is_asked_for_again(bench: Benches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutants tried: the sender believing the ack before the buffer has it."""
+    monkeypatch.setattr(uplink_module, "TROUBLE_S", 0.01)
+    buffer = FailingBuffer({}, 1 << 20)
+    buffer.refusals = 1
+    one = bench(buffer, ack_timeout_s=0.2, ack_timeout_max_s=0.4)
+    connection = one.start_ready()
+    epoch = fill(buffer, 1)
+    one.uplink.stored(new_lane=True)
+    wait_until(lambda: connection.batches(), "sent")
+    connection.say(ack("s", epoch, 1))
+    wait_until(lambda: len(connection.batches()) == 2, "sent again")
+    connection.say(ack("s", epoch, 1))
+    wait_until(lambda: buffer.floor("s", epoch) is None, "deleted")
+
+
+def test_a_mistake_in_the_uplink_ends_its_thread_without_a_goodbye(bench: Benches) -> None:
+    """Who watches the threads ends the process then, and the broker sends the last will."""
+    one = bench(new_buffer())
+
+    def broken(payload: bytes) -> None:
+        raise RuntimeError("mistake")
+
+    one.uplink._desired = broken
+    connection = one.start_ready()
+    connection.say(Received(topics.desired("pi-1"), b""))
+    one.thread.join(DEADLINE_S)
+    assert isinstance(one.failure, RuntimeError)
+    assert connection.abandoned
+    assert not connection.closed
+    one.failure = None
