@@ -24,7 +24,7 @@ from lake.quarantine import QuarantineRecord
 _log = structlog.get_logger()
 
 INTERNAL_FAULT = "internal_fault"
-"""Reason in quarantine of a payload that tripped over a bug of ours. Not one of `Reason`: the device did nothing wrong."""
+"""Reason in quarantine of a payload that tripped over a bug of ours. Not one of `Reason`: the device did no wrong."""
 _FAULTS_LOGGED_MAX = 100
 
 
