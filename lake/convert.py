@@ -7,6 +7,7 @@ times beyond what a cast accepts) the bits are moved by hand. What lies under a 
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,13 +37,12 @@ def to_storage(array: pa.Array, target: pa.DataType) -> pa.Array:
         children = [_child_to_storage(array, field) for field in target]
         return _struct(children, target, array)
     if types.is_map(kind):
-        entry = map_entry(kind)
-        lengths, items = _flat(array)
-        pairs = pa.StructArray.from_arrays([items.field(0), items.field(1)], fields=list(entry))
-        return _list(lengths, to_storage(pairs, target.value_type), target, array)
+        lists = _lists(array)
+        pairs = pa.StructArray.from_arrays([lists.items.field(0), lists.items.field(1)], fields=list(map_entry(kind)))
+        return _list(lists.lengths, lists.select(to_storage(pairs, target.value_type)), target, array)
     if types.is_nested(kind):
-        lengths, items = _flat(array)
-        return _list(lengths, to_storage(items, target.value_type), target, array)
+        lists = _lists(array)
+        return _list(lists.lengths, lists.select(to_storage(lists.items, target.value_type)), target, array)
     if kind == target:
         return array
     if types.is_float16(kind):
@@ -55,6 +55,8 @@ def to_storage(array: pa.Array, target: pa.DataType) -> pa.Array:
         return array.view(pa.int32()).cast(target)
     if types.is_time64(kind) or types.is_duration(kind) or types.is_date64(kind) or types.is_timestamp(kind):
         return array.view(pa.int64()).cast(target)
+    if types.is_decimal(kind) and target == pa.string():
+        return _decimal_text(array)
     return array.cast(target)
 
 
@@ -70,15 +72,15 @@ def from_storage(array: pa.Array, wire: pa.DataType) -> pa.Array:
         children = [_child_from_storage(array, field) for field in wire]
         return _struct(children, wire, array)
     if types.is_map(wire):
-        lengths, items = _flat(array)
-        pairs = from_storage(items, map_entry(wire))
-        offsets = _offsets(lengths, pa.int32())
+        lists = _lists(array)
+        pairs = from_storage(lists.select(lists.items), map_entry(wire))
+        offsets = _offsets(lists.lengths, pa.int32())
         return pa.MapArray.from_arrays(offsets, pairs.field(0), pairs.field(1), type=wire, mask=_mask(array))
     if types.is_fixed_size_list(wire):
         return _fixed_size_list(array, wire)
     if types.is_nested(wire):
-        lengths, items = _flat(array)
-        return _list(lengths, from_storage(items, wire.value_type), wire, array)
+        lists = _lists(array)
+        return _list(lists.lengths, from_storage(lists.select(lists.items), wire.value_type), wire, array)
     if kind == wire:
         return array
     if types.is_floating(kind) and types.is_floating(wire):
@@ -88,6 +90,8 @@ def from_storage(array: pa.Array, wire: pa.DataType) -> pa.Array:
         return array.view(wire)
     if types.is_time32(wire):
         return array.cast(pa.int32()).view(wire)
+    if types.is_decimal(wire) and kind == pa.string():
+        return _decimal_from_text(array, wire)
     return array.cast(wire)
 
 
@@ -152,32 +156,50 @@ def _list(lengths: Bits, items: pa.Array, kind: pa.DataType, like: pa.Array) -> 
 
 
 def _fixed_size_list(array: pa.Array, wire: pa.FixedSizeListType) -> pa.Array:
-    lengths, items = _flat(array)
-    values = from_storage(items, wire.value_type)
-    mask = _mask(array)
-    if mask is not None:
+    lists = _lists(array)
+    values = from_storage(lists.select(lists.items), wire.value_type)
+    validity = None
+    if array.null_count:
         # A null list takes room here: put nulls there.
-        starts = np.cumsum(lengths) - lengths
+        starts = np.cumsum(lists.lengths) - lists.lengths
         places = starts[:, None] + np.arange(wire.list_size)
-        under_null = np.repeat((lengths == 0)[:, None], wire.list_size, axis=1)
+        under_null = np.repeat(np.asarray(array.is_null())[:, None], wire.list_size, axis=1)
         values = values.take(pa.array(places.ravel(), pa.int64(), mask=under_null.ravel()))
-    return pa.FixedSizeListArray.from_arrays(values, type=wire, mask=mask)
+        validity = array.is_valid().buffers()[1]
+    # Not FixedSizeListArray.from_arrays: it divides by the list size, which may be 0.
+    return pa.Array.from_buffers(wire, len(array), [validity], children=[values])
 
 
-def _flat(array: pa.Array) -> tuple[Bits, pa.Array]:
-    """Lengths of lists (0 for null) and the items they hold, without what lies under nulls or outside of the slice."""
+class _Lists(NamedTuple):
+    """A list array taken apart. For nulls no item is kept, though Arrow allows some to lie there."""
+
+    lengths: Bits
+    items: pa.Array
+    """Children of the slice, those under nulls included."""
+    kept: pa.Array | None
+    """Indices of the items that belong to lists which are not null; None for all."""
+
+    def select(self, items: pa.Array) -> pa.Array:
+        """The kept ones of `items` after conversion. (Before it some Arrow types cannot be taken from.)"""
+        return items if self.kept is None else items.take(self.kept)
+
+
+def _lists(array: pa.Array) -> _Lists:
     kind = array.type
     valid = np.asarray(array.is_valid())
     if pa.types.is_fixed_size_list(kind):
-        return np.where(valid, kind.list_size, 0), array.flatten()
-    offsets = np.asarray(array.offsets)
-    lengths = np.diff(offsets)
-    if lengths[~valid].any():
-        array = array.take(pa.array(np.arange(len(array))))
+        size = kind.list_size
+        items = array.values.slice(array.offset * size, len(array) * size)
+        lengths = np.full(len(array), size)
+    else:
         offsets = np.asarray(array.offsets)
+        first, last = (int(offsets[0]), int(offsets[-1])) if len(offsets) else (0, 0)
+        items = array.values.slice(first, last - first)
         lengths = np.diff(offsets)
-    first, last = (int(offsets[0]), int(offsets[-1])) if len(offsets) else (0, 0)
-    return lengths, array.values.slice(first, last - first)
+    if not lengths[~valid].any():
+        return _Lists(lengths, items, None)
+    kept = np.flatnonzero(np.repeat(valid, lengths))
+    return _Lists(np.where(valid, lengths, 0), items, pa.array(kept))
 
 
 def _offsets(lengths: Bits, kind: pa.DataType) -> pa.Array:
@@ -186,6 +208,29 @@ def _offsets(lengths: Bits, kind: pa.DataType) -> pa.Array:
 
 def _mask(array: pa.Array) -> pa.Array | None:
     return array.is_null() if array.null_count else None
+
+
+def _decimal_text(array: pa.Array) -> pa.Array:
+    """Decimals as text, the exponent kept: Arrow's own text loses values whose scale is beyond the precision."""
+    data = array.buffers()[1]
+    width = array.type.bit_width // 8
+    texts: list[str | None] = []
+    for at, valid in enumerate(array.is_valid().to_pylist(), array.offset):
+        number = int.from_bytes(data[at * width : (at + 1) * width], "little", signed=True) if valid else 0
+        digits = tuple(map(int, str(abs(number))))
+        texts.append(str(Decimal((number < 0, digits, -array.type.scale))) if valid else None)
+    return pa.array(texts, pa.string())
+
+
+def _decimal_from_text(array: pa.Array, wire: pa.DataType) -> pa.Array:
+    width = wire.bit_width // 8
+    data = bytearray()
+    for text in array.to_pylist():
+        number = Decimal(text or 0).as_tuple()
+        unscaled = int("".join(map(str, number.digits)))
+        data += (-unscaled if number.sign else unscaled).to_bytes(width, "little", signed=True)
+    validity = array.is_valid().buffers()[1] if array.null_count else None
+    return pa.Array.from_buffers(wire, len(array), [validity, pa.py_buffer(bytes(data))])
 
 
 class _Float(NamedTuple):

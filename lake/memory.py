@@ -18,7 +18,7 @@ from contract.errors import Rejected
 from contract.names import TS
 from lake.errors import CommitConflictError
 from lake.parts import RawBatch, days_of
-from lake.plan import BASE_COLUMNS, COLUMNS_MAX, Columns, grow, read_schema
+from lake.plan import BASE_COLUMNS, COLUMNS_MAX, Columns, WireSchemas, grow
 from lake.raw import AppendResult, lane_app_id, shard_app_id
 
 
@@ -66,6 +66,7 @@ class MemoryRawTable:
         self._version = -1
         self._columns: Columns = BASE_COLUMNS
         self._planned: Columns = BASE_COLUMNS
+        self._wire_schema = WireSchemas()
 
     @property
     def version(self) -> int:
@@ -92,9 +93,8 @@ class MemoryRawTable:
 
     def unfit(self, schema: pa.Schema) -> Rejected | None:
         """Why batches of this wire schema cannot stand in the table; None where they can."""
-        wire = read_schema(schema, schema.serialize().to_pybytes())
         try:
-            self._planned = grow(self._planned, wire, self.stream, self._columns_max)
+            self._planned = grow(self._planned, self._wire_schema(schema), self.stream, self._columns_max)
         except Rejected as rejected:
             return rejected
         return None
@@ -116,8 +116,7 @@ class MemoryRawTable:
             unfit = self.unfit(batch.batch.schema)
             if unfit is not None:
                 raise unfit
-            schema = batch.batch.schema
-            for slot in read_schema(schema, schema.serialize().to_pybytes()).slots:
+            for slot in self._wire_schema(batch.batch.schema).slots:
                 needed[slot.field.name] = self._planned[slot.field.name]
         changed = tuple(name for name, field in needed.items() if self._columns.get(name) is not field)
         transactions = {lane_app_id(*lane): seq for lane, seq in watermarks.items()}

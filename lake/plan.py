@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -64,6 +65,28 @@ class WireSchema(NamedTuple):
     """`ts` and the fields. A field of type null has none, and `_row` goes to the lineage."""
     row_index: int
     """Place of `_row` in a thinned batch, else -1."""
+
+
+class WireSchemas:
+    """Wire schemas by content, because a fleet sends few different ones, each in many objects. Not thread-safe."""
+
+    def __init__(self, kept_max: int = 4_096) -> None:
+        self._kept_max = kept_max
+        self._last: WireSchema | None = None
+        self._kept: OrderedDict[bytes, WireSchema] = OrderedDict()
+
+    def __call__(self, schema: pa.Schema) -> WireSchema:
+        """What a schema that the contract accepts needs of a table."""
+        if self._last is not None and schema.equals(self._last.schema, check_metadata=True):
+            return self._last
+        serialized = schema.serialize().to_pybytes()
+        wire = self._kept.get(serialized)
+        if wire is None:
+            wire = self._kept[serialized] = read_schema(schema, serialized)
+            if len(self._kept) > self._kept_max:
+                self._kept.popitem(last=False)
+        self._last = wire
+        return wire
 
 
 def read_schema(schema: pa.Schema, serialized: bytes) -> WireSchema:

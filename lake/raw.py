@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,13 +25,12 @@ from lake.errors import CommitConflictError, ObjectMissingError
 from lake.log import TransactionLog
 from lake.parquet import encode
 from lake.parts import COUNTING, REPEATING, RawBatch, build, parts_of, sort_key
-from lake.plan import BASE_COLUMNS, COLUMNS_MAX, Columns, WireSchema, columns_of, grow, read_schema, table_schema
+from lake.plan import BASE_COLUMNS, COLUMNS_MAX, Columns, WireSchema, WireSchemas, columns_of, grow, table_schema
 from lake.schemas import SchemaObjects
 from lake.store import Store
 
 __all__ = ["AppendResult", "RawBatch", "RawTable", "lane_app_id", "shard_app_id", "table_path"]
 
-_WIRE_SCHEMAS_MAX = 4_096
 _CONFIGURATION = {
     "delta.checkpointInterval": "100",
     # Not the first 32 columns, which is the default: the lineage stands behind the fields.
@@ -113,8 +111,7 @@ class RawTable:
         self._columns: Columns = {}
         self._planned: Columns = BASE_COLUMNS
         self._verdicts: dict[str, Rejected | None] = {}
-        self._wire: OrderedDict[bytes, WireSchema] = OrderedDict()
-        self._last_wire: WireSchema | None = None
+        self._wire_schema = WireSchemas()
 
     @property
     def version(self) -> int:
@@ -302,19 +299,6 @@ class RawTable:
                 "refresh and check again"
             )
         self._handle = handle
-
-    def _wire_schema(self, schema: pa.Schema) -> WireSchema:
-        last = self._last_wire
-        if last is not None and schema.equals(last.schema, check_metadata=True):
-            return last
-        serialized = schema.serialize().to_pybytes()
-        wire = self._wire.get(serialized)
-        if wire is None:
-            wire = self._wire[serialized] = read_schema(schema, serialized)
-            if len(self._wire) > _WIRE_SCHEMAS_MAX:
-                self._wire.popitem(last=False)
-        self._last_wire = wire
-        return wire
 
     def _transaction(self, app_id: str) -> int:
         if self._handle is None:
