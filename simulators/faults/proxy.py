@@ -131,14 +131,7 @@ class FaultProxy:
         self._flips: list[_Flip] = []
         self._pairs: set[Pair] = set()
         self._counters = Counters()
-        self._listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._listener.setblocking(False)
-        try:
-            self._listener.bind((HOST, port))
-        except OSError as error:
-            self._listener.close()
-            raise ConfigurationError(f"fault proxy cannot listen on {HOST}:{port}: {error}") from error
+        self._listener = _bound(port)
         self.port: int = self._listener.getsockname()[1]
         self._accepting: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
@@ -356,7 +349,7 @@ class FaultProxy:
         if weather.mode is Mode.REFUSE and self._accepting is not None:
             self._accepting.cancel()
             self._accepting = None
-            # On Linux this ends listening and keeps the address: nobody else can take the port meanwhile.
+            # On Linux this ends listening and keeps the port, which was bound by number: nobody takes it meanwhile.
             self._loop.remove_reader(self._listener)
             self._listener.shutdown(socket.SHUT_RDWR)
         elif weather.mode is not Mode.REFUSE and self._accepting is None:
@@ -418,3 +411,25 @@ class FaultProxy:
         for task in left:
             task.cancel()
         self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+
+
+def _bound(port: int) -> socket.socket:
+    """A socket bound to this port by its number, also when any would do: only then a socket keeps it without listening.
+
+    Raises:
+        ConfigurationError: when the port is taken.
+    """
+    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setblocking(False)
+    try:
+        made.bind((HOST, port))
+    except OSError as error:
+        made.close()
+        raise ConfigurationError(f"fault proxy cannot listen on {HOST}:{port}: {error}") from error
+    if port:
+        return made
+    try:
+        return _bound(made.getsockname()[1])
+    finally:
+        made.close()

@@ -132,6 +132,7 @@ class Servers:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         self.supervisor = Supervisor()
 
     def __enter__(self) -> Self:
@@ -143,10 +144,12 @@ class Servers:
     def close(self) -> None:
         self.supervisor.close()
 
-    def iotcore(self, name: str = "iotcore", settings: IotcoreSettings | None = None) -> BrokerServer:
+    def iotcore(self, name: str = "iotcore", settings: IotcoreSettings | None = None, **changes: Any) -> BrokerServer:
+        """`changes` replace fields of its `ChildSpec`."""
         ports = self._ports(name, Iotcore.PORTS)
         broker = Iotcore(self._part(name), log=self._log(name), ports=ports, settings=settings)
-        return BrokerServer(self.supervisor, self._start(broker.spec(), name), broker)
+        spec = msgspec.structs.replace(broker.spec(), **changes)
+        return BrokerServer(self.supervisor, self._start(spec, name), broker)
 
     def mosquitto(self, name: str = "mosquitto", settings: MosquittoSettings | None = None) -> BrokerServer:
         """Fails with the remedy when mosquitto is not installed; a skipped test would prove nothing."""
