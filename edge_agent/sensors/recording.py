@@ -22,7 +22,7 @@ from edge_agent.sensors.options import parse_fields, split_fields
 from edge_agent.sensors.port import SensorConfigError, SensorError
 
 _CSV_BLOCK_BYTES = 1 << 17
-"""A line cannot be longer. Arrow reads about 36 blocks ahead, so this is 5 MB; with blocks of 1 MB it is 38, no faster."""
+"""A line cannot be longer. Arrow reads about 36 blocks ahead: 5 MB here; 38 MB and no faster with blocks of 1 MB."""
 _PARQUET_BUFFER_BYTES = 1 << 16
 _BATCH_ROWS = 8192
 _NUMBER_FORMATS = {"s": 1_000_000.0, "ms": 1_000.0, "us": 1.0, "ns": 0.001}
