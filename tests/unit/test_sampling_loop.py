@@ -217,6 +217,7 @@ def test_what_can_never_work_is_given_up_once_and_closed(sensor: ScriptedSensor)
     assert rig.steps(2) == [3600.0, 3600.0]
     status = rig.loop.status()
     assert (status.state, status.errors) == (State.FAILED, 1) and status.last_error
+    assert status.rows_read == status.rows_refused
     assert sensor.calls.count("open") == sensor.calls.count("close") == 1
 
 
@@ -336,7 +337,7 @@ def test_an_impossible_change_is_refused_and_changes_nothing() -> None:
 
 
 def test_switching_off_closes_and_switching_on_opens_afresh() -> None:
-    rig = Rig(ScriptedSensor([1, 1, 1, 2]), OnChange(rate_hz=1))
+    rig = Rig(ScriptedSensor([1, 1, 1, 2]), OnChange(rate_hz=1, max_silence_s=0))
     rig.steps(2)
     rig.loop.reconfigure(enabled=False)
     assert rig.steps(2) == [3600.0] * 2
