@@ -53,6 +53,11 @@ class Flow:
         return sum(batch.size_bytes for batch in self._pending)
 
     @property
+    def lanes(self) -> int:
+        """Lanes remembered."""
+        return len(self._lanes)
+
+    @property
     def has_pending(self) -> bool:
         """Whether there is something to commit."""
         return bool(self._pending)

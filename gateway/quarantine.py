@@ -1,4 +1,4 @@
-"""Refused payloads on their way to inbox/quarantine: those whose seq is not stepped over, so that nobody waits for them.
+"""Refused payloads on their way to inbox/quarantine: those whose seq is not stepped over, so nobody waits for them.
 
 A device that makes the same mistake again and again fills neither the queue nor the table: what was just written is not
 written again.
