@@ -10,22 +10,24 @@ from prometheus_client.registry import Collector
 
 from edge_agent.sampling.status import SamplingStatus, State
 
+_PREFIX = "headwater_agent_sampler_"
 _COUNTERS = {
-    "reads": ("reads", "Calls of the driver's read that returned."),
-    "rows_read": ("readings", "Rows handed over by the driver."),
-    "rows_refused": ("readings_refused", "Rows that did not fit the declared fields."),
-    "rows_suppressed": ("readings_suppressed", "Rows that the sampling mode did not want."),
-    "rows_out": ("readings_sampled", "Rows handed on to the batcher."),
-    "rows_dropped": ("readings_dropped", "Rows for which the queue had no room in time."),
-    "ticks_missed": ("ticks_missed", "Readings that were due while the sampler was busy, and were not taken."),
-    "errors": ("sensor_errors", "Failed opens, failed reads and refused readings."),
-    "bursts": ("bursts", "Bursts begun."),
-    "bursts_cut": ("bursts_cut", "Bursts cut at rows_max."),
+    "reads": "Calls of the driver's read that returned.",
+    "rows_read": "Rows handed over by the driver.",
+    "rows_refused": "Rows that did not fit the declared fields.",
+    "rows_suppressed": "Rows that the sampling mode did not want.",
+    "rows_out": "Rows handed on to the batcher.",
+    "rows_dropped": "Rows for which the queue had no room in time.",
+    "ticks_missed": "Readings that were due while the sampler was busy, and were not taken.",
+    "errors": "Failed opens, failed reads and refused readings.",
+    "bursts": "Bursts begun.",
+    "bursts_cut": "Bursts cut at rows_max.",
 }
+"""Counters of `SamplingStatus`, and what they count."""
 
 
 class SamplingCollector(Collector):
-    """Exports `headwater_agent_…{stream}`.
+    """Exports `headwater_agent_sampler_…{stream}`: each counter of `SamplingStatus`, `rows_held` and `running`.
 
     Args:
         statuses: stream name to status, asked at each scrape.
@@ -43,13 +45,13 @@ class SamplingCollector(Collector):
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """The metrics of all streams."""
         statuses = self._statuses()
-        for attribute, (name, text) in _COUNTERS.items():
-            family = CounterMetricFamily(f"headwater_agent_{name}", text, labels=["stream"])
+        for name, text in _COUNTERS.items():
+            family = CounterMetricFamily(_PREFIX + name, text, labels=["stream"])
             for stream, status in statuses.items():
-                family.add_metric([stream], getattr(status, attribute))
+                family.add_metric([stream], getattr(status, name))
             yield family
-        held = GaugeMetricFamily("headwater_agent_readings_held", "Rows held as history.", labels=["stream"])
-        running = GaugeMetricFamily("headwater_agent_sensor_running", "1 while the sensor answers.", labels=["stream"])
+        held = GaugeMetricFamily(_PREFIX + "rows_held", "Rows held as history.", labels=["stream"])
+        running = GaugeMetricFamily(_PREFIX + "running", "1 while the sensor answers.", labels=["stream"])
         for stream, status in statuses.items():
             held.add_metric([stream], status.rows_held)
             running.add_metric([stream], float(status.state is State.RUNNING))
