@@ -58,6 +58,7 @@ class OnChangeMode:
         self._watches = [_watch(schema.field(name), settings) for name in names]
         self._silence_us = round(settings.max_silence_s * 1_000_000)
         self._last_ts_us: int | None = None
+        self._page_rows = _PAGE_ROWS
 
     def feed(self, sample: Sample) -> list[Sample]:
         """The rows of `sample` that are reported, in order; at most one item."""
@@ -89,10 +90,10 @@ class OnChangeMode:
         times = batch.column(0).view(pa.int64())
         columns = [batch.column(watch.name) for watch in self._watches]
         kept: list[int] = []
-        row, page = 0, _PAGE_ROWS
+        row = 0
         while row < batch.num_rows:
-            stop = min(row + page, batch.num_rows)
-            if page == _PAGE_ROWS or self._last_ts_us is None:
+            stop = min(row + self._page_rows, batch.num_rows)
+            if self._page_rows == _PAGE_ROWS or self._last_ts_us is None:
                 hits = self._scan_rows(times, columns, row, stop)
             else:
                 hits = self._scan_page(times, columns, row, stop)
@@ -100,7 +101,8 @@ class OnChangeMode:
                 stop = hits[0] + 1 if hits else stop
             kept += hits
             row = stop
-            page = _PAGE_ROWS if hits else min(page * 4, _PAGE_ROWS_MAX)
+            # Kept from block to block: a quiet stream stays quiet.
+            self._page_rows = _PAGE_ROWS if hits else min(self._page_rows * 4, _PAGE_ROWS_MAX)
         return _rows(batch, kept)
 
     def _scan_rows(self, times: pa.Array, columns: list[pa.Array], start: int, stop: int) -> list[int]:

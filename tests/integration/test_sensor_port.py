@@ -123,7 +123,7 @@ def test_a_waiting_read_returns_soon_after_a_stop(name: str, tmp_path: Path) -> 
     source.feed()
     first_rows(sensor)
     stop, results = threading.Event(), list[Any]()
-    thread = threading.Thread(target=lambda: results.append(sensor.read(stop)))
+    thread = threading.Thread(target=lambda: results.append(sensor.read(stop)), daemon=True)
     thread.start()
     stop.set()
     thread.join(DEADLINE_S)

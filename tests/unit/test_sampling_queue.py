@@ -78,7 +78,7 @@ def test_a_put_waits_for_room_and_a_get_for_a_sample() -> None:
     def consume() -> None:
         got.extend(queue.get(wait_s=30) for _ in range(2))
 
-    thread = threading.Thread(target=consume)
+    thread = threading.Thread(target=consume, daemon=True)
     thread.start()
     assert put(queue, reading(2), wait_s=30)
     thread.join(30)
@@ -89,7 +89,9 @@ def test_a_stop_shortens_the_wait_for_room() -> None:
     queue, stop = RowQueue(1, 1_000_000), threading.Event()
     assert put(queue, reading(1))
     results: list[bool] = []
-    thread = threading.Thread(target=lambda: results.append(queue.put(COLUMNS.schema, reading(2), 600.0, stop)))
+    thread = threading.Thread(
+        target=lambda: results.append(queue.put(COLUMNS.schema, reading(2), 600.0, stop)), daemon=True
+    )
     thread.start()
     stop.set()
     deadline_s = time.monotonic() + 30
