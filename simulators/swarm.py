@@ -447,14 +447,23 @@ class Swarm:
         )
 
 
+def new_swarm(settings: SwarmSettings) -> Swarm:
+    """A swarm on this machine's clocks; make it inside the event loop that runs it.
+
+    Raises:
+        ConfigurationError: when the broker's URL is not one.
+    """
+    return Swarm(settings, DeviceClock(read_boot_id()))
+
+
 async def run_swarm(settings: SwarmSettings) -> SwarmReport:
-    """Run a swarm on this machine's clocks, to its end.
+    """Run a swarm to its end.
 
     Raises:
         ConfigurationError: when the broker's URL is not one.
         TemporaryError: when a device cannot connect at the start.
     """
-    return await Swarm(settings, DeviceClock(read_boot_id())).run()
+    return await new_swarm(settings).run()
 
 
 async def _first(device: _Device) -> ConnectionFailed | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_tables_are_batches_at_50_hz_and_labels_stand_beside_every_row(watch: tu
 
 def test_a_missing_wheel_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
-        raise recordings.PackageNotFoundError(name)
+        raise PackageNotFoundError(name)
 
     monkeypatch.setattr(recordings, "files", missing)
     with pytest.raises(RecordingsMissing, match=r"pip install 'headwater\[simulators\]'"):

@@ -1,0 +1,35 @@
+"""The process of an agent: `headwater agent run` becomes this one, which has nothing of the command line in memory."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from contract.errors import HeadwaterError
+from headwater.exits import exit_of
+
+
+def main() -> None:
+    """Read the settings, run the agent to its end, and end the process with its exit status."""
+    parser = argparse.ArgumentParser(prog="headwater agent run")
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--json-logs", action="store_true")
+    arguments = parser.parse_args()
+    try:
+        import msgspec
+
+        from edge_agent.app import run_agent
+        from edge_agent.settings import load_settings
+
+        settings = load_settings(arguments.config)
+        if arguments.json_logs:
+            settings = msgspec.structs.replace(settings, log=msgspec.structs.replace(settings.log, format="json"))
+        run_agent(settings)
+    except HeadwaterError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(exit_of(error))
+
+
+if __name__ == "__main__":
+    main()

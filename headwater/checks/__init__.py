@@ -1,0 +1,1 @@
+"""What `headwater doctor` looks at: this machine, a broker, a store. A check gives findings and never raises."""
