@@ -11,6 +11,8 @@ from contract.errors import HeadwaterError
 from edge_agent.buffer.port import BufferUnavailableError
 
 BUSY_TIMEOUT_S = 5.0
+PAGE_BYTES = 512
+"""The smallest. A commit writes whole pages, and small ones make a small batch cost a card few bytes."""
 
 
 class Cursor(Protocol):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import structlog
 
 from contract.errors import ConfigurationError, HeadwaterError
-from edge_agent.buffer.connection import Connect, Connection, DiskFullError, translated
+from edge_agent.buffer.connection import PAGE_BYTES, Connect, Connection, DiskFullError, translated
 from edge_agent.buffer.files import SUFFIXES, Reserve, beside, locked, move_aside, size_of, sync_folder
 from edge_agent.buffer.port import BufferUnavailableError
 
@@ -25,10 +25,10 @@ Row = tuple[Any, ...]
 
 APPLICATION_ID = 0x48574246  # "HWBF": tells this file from any other program's database
 SCHEMA_VERSION = 1
-PAGE_BYTES = 512
-"""The smallest. A commit writes whole pages, and small ones make a small batch cost a card few bytes."""
 MEMORY_CACHE_KIB = 512
 RESERVE_MARGIN_BYTES = 256 * 1024
+_STRETCHED = 8
+"""The log may grow to this many times its usual size, for large batches and readers in the way; then appends wait."""
 
 _SCHEMA = (
     # key = base of the lane + seq: a lane's batches lie side by side in the order of their seqs, and a lane can be cut
@@ -62,6 +62,7 @@ class Database:
         self._read_lock = threading.Lock()
         self._reserve = Reserve(beside(path, "-reserve"), wal_bytes_max + RESERVE_MARGIN_BYTES)
         self._lock: int | None = None
+        self._logged_bytes = 0
 
     def open(self) -> None:
         """Open the file, and create it where there is none.
@@ -82,36 +83,45 @@ class Database:
             if not self._reserve.give_up():
                 raise
             self._guarded(self._open)
+        self._logged_bytes = self.log_bytes()
 
-    def transaction(self, work: Callable[[Connection], T], growth_bytes: int = 0) -> T:
+    def transaction(self, work: Callable[[Connection], T]) -> T:
         """Do `work` as one durable step: once this returns, power loss cannot take it; if it raises, nothing happened.
 
-        On a full disk the reserve is given up, once, for work that does not make the file grow.
+        On a full disk, work that does not make the file grow is done all the same: in the log's own blocks, or in those
+        of the reserve. So acknowledgements always get through, and what they free can be filled again.
 
         Args:
-            work: called within the transaction, perhaps twice.
-            growth_bytes: how much the stored data grows by it, about.
+            work: called within the transaction, perhaps several times, and rolled back all times but the last.
 
         Raises:
             BufferUnavailableError: the disk is full, read-only or failing.
             CorruptFileError: the file turned out to be damaged.
         """
-        self._restrain(growth_bytes)
+        if self.log_bytes() > _STRETCHED * self._wal_bytes_max:
+            # Folding it into the file has failed for a while. Without this it would grow without bound.
+            self._checkpoint("RESTART")
         try:
-            return self._once(work)
+            return self._once(work, may_grow=self._reserve.take())
         except DiskFullError:
-            if growth_bytes and not self._has_room_inside(growth_bytes):
+            if self._grows(work):
                 raise
         for make_do in (self._empty_log, self._use_reserve):
             if make_do():
                 try:
-                    return self._once(work)
+                    return self._once(work, may_grow=False)
                 except DiskFullError:
                     continue
-        raise DiskFullError(
-            f"buffer {self.path}: the disk is full, and so is the file; free space on this disk, or lower the "
-            "buffer's bytes_max"
-        )
+        raise DiskFullError(f"buffer {self.path}: the disk is full to the last block; free space on it")
+
+    def fold(self, written_bytes: int) -> None:
+        """Note what was written, about, and fold the log into the file when it is time.
+
+        Done here and not by SQLite in the middle of a commit, so that its failure is seen, and is not the commit's.
+        """
+        self._logged_bytes += written_bytes
+        if self._logged_bytes >= self._wal_bytes_max:
+            self._logged_bytes = 0 if self._empty_log("PASSIVE") else self._wal_bytes_max // 2
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """Rows as the writing connection sees them, between transactions."""
@@ -132,7 +142,7 @@ class Database:
         """Take back the reserve once there is room for it; shrink a log that one large batch has stretched."""
         self._reserve.take()
         if self.log_bytes() > 2 * self._wal_bytes_max:
-            self._checkpoint()
+            self._empty_log()
 
     def log_bytes(self) -> int:
         """Size of the write-ahead log."""
@@ -216,6 +226,8 @@ class Database:
                 f"buffer {self.path} has layout {identity[1]}, this agent knows {SCHEMA_VERSION}; let the version that "
                 "wrote it drain it, or move it away"
             )
+        # The names of the file and of its log must be as durable as what stands in them.
+        sync_folder(self.path.parent)
 
     def _create(self, writer: Connection) -> None:
         writer.execute("BEGIN IMMEDIATE")
@@ -224,7 +236,6 @@ class Database:
         writer.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         writer.execute("COMMIT")
-        sync_folder(self.path.parent)
 
     def _writing(self) -> Connection:
         if self._lock is None:
@@ -241,8 +252,8 @@ class Database:
                 "synchronous = FULL",
                 # Debian's SQLite overwrites what is deleted with zeros, which would double what a card has to bear.
                 "secure_delete = OFF",
-                f"wal_autocheckpoint = {max(1, self._wal_bytes_max // (PAGE_BYTES + 24))}",
-                f"journal_size_limit = {self._wal_bytes_max}",
+                "wal_autocheckpoint = 0",
+                f"journal_size_limit = {2 * self._wal_bytes_max}",
                 f"cache_size = -{MEMORY_CACHE_KIB}",
                 "temp_store = MEMORY",
                 "mmap_size = 0",
@@ -271,12 +282,20 @@ class Database:
 
     # Transactions
 
-    def _once(self, work: Callable[[Connection], T]) -> T:
+    def _once(self, work: Callable[[Connection], T], *, may_grow: bool) -> T:
         def step() -> T:
             writer = self._writing()
             try:
+                if writer.in_transaction:
+                    writer.execute("ROLLBACK")
                 writer.execute("BEGIN IMMEDIATE")
+                before = 0 if may_grow else _page_count(writer)
                 result = work(writer)
+                if not may_grow and _page_count(writer) > before:
+                    raise DiskFullError(
+                        f"buffer {self.path}: the disk is full, and so are the pages of the file; free space on this "
+                        "disk, or lower the buffer's bytes_max"
+                    )
                 writer.execute("COMMIT")
                 return result
             except BaseException:
@@ -286,14 +305,16 @@ class Database:
         return self._guarded(step)
 
     def _roll_back(self, writer: Connection) -> None:
+        """Undo. The connection stays, come what may: only it knows that a commit has failed.
+
+        A new one would read the log again, in which the commit that failed may stand complete; its batches, appended
+        once more by a caller who was told that they are not stored, would be stored twice.
+        """
         try:
             if writer.in_transaction:
                 writer.execute("ROLLBACK")
         except sqlite3.Error as error:
-            # Whatever state it is in, a new connection begins from what is on disk.
             _log.warning("buffer_rollback_failed", path=str(self.path), error=str(error))
-            self._writer = None
-            writer.close()
 
     def _guarded(self, action: Callable[[], T]) -> T:
         try:
@@ -310,24 +331,12 @@ class Database:
 
     # Room
 
-    def _restrain(self, growth_bytes: int) -> None:
-        """Without its reserve the file may not grow, or the next acknowledgement could not be written."""
-        if growth_bytes and not self._reserve.take() and not self._has_room_inside(growth_bytes):
-            raise DiskFullError(
-                f"buffer {self.path}: the disk is full, the reserve of {self._reserve.bytes_max} bytes is used up; "
-                "free space on this disk, or lower the buffer's bytes_max"
-            )
-        if self.log_bytes() > 4 * self._wal_bytes_max + 4 * growth_bytes:
-            # Folding it into the file has failed for a while. Without this it would grow without bound.
-            self._checkpoint()
-
-    def _empty_log(self) -> bool:
+    def _empty_log(self, mode: str = "RESTART") -> bool:
         try:
-            self._checkpoint()
+            return self._checkpoint(mode)
         except BufferUnavailableError as error:
             _log.warning("buffer_checkpoint_failed", path=str(self.path), error=str(error))
             return False
-        return True
 
     def _use_reserve(self) -> bool:
         if not self._reserve.give_up():
@@ -336,13 +345,32 @@ class Database:
         self._empty_log()
         return True
 
-    def _has_room_inside(self, growth_bytes: int) -> bool:
-        free = self.query("PRAGMA freelist_count")[0][0] * PAGE_BYTES
-        return bool(free >= growth_bytes + growth_bytes // 8 + 64 * PAGE_BYTES)
+    def _grows(self, work: Callable[[Connection], object]) -> bool:
+        """Whether the work needs more pages than the file has; it is done for this, and undone."""
 
-    def _checkpoint(self) -> None:
-        """Fold the log into the file, so that it begins anew at its start."""
-        self.query("PRAGMA wal_checkpoint(RESTART)")
+        def try_out(writer: Connection) -> None:
+            before = _page_count(writer)
+            work(writer)
+            raise _TriedOut(_page_count(writer) > before)
+
+        try:
+            self._once(try_out, may_grow=True)
+        except _TriedOut as outcome:
+            return outcome.grows
+        except DiskFullError:
+            return True
+        return False
+
+    def _checkpoint(self, mode: str) -> bool:
+        """Fold the log into the file, so that it begins anew at its start; False while a reader still needs it."""
+        busy, logged, folded = self.query(f"PRAGMA wal_checkpoint({mode})")[0]
+        return not busy and logged == folded
+
+
+class _TriedOut(Exception):
+    def __init__(self, grows: bool) -> None:
+        super().__init__(grows)
+        self.grows = grows
 
 
 def _close(connection: Connection | None, path: Path) -> None:
@@ -351,6 +379,10 @@ def _close(connection: Connection | None, path: Path) -> None:
             connection.close()
         except sqlite3.Error as error:
             _log.warning("buffer_close_failed", path=str(path), error=str(error))
+
+
+def _page_count(connection: Connection) -> int:
+    return int(connection.execute("PRAGMA page_count").fetchone()[0])
 
 
 def _user_version(connection: Connection) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from contract.batches import Clock
 from contract.codec import checksum
 from contract.names import new_epoch
-from edge_agent.buffer.connection import Connection
+from edge_agent.buffer.connection import PAGE_BYTES, Connection
 from edge_agent.buffer.port import LaneInfo, NewBatch, Stored
 from edge_agent.buffer.thinning import Thinned
 
@@ -159,6 +159,8 @@ class Ledger:
         """Begin with the lanes as they are."""
         self.lanes = dict(lanes)
         self._connection = connection
+        self.written_bytes = 0
+        """What the changes so far take in the log, about."""
         self._edited: set[int] = set()
         self._bytes: Counter[str] = Counter()
         for lane in lanes.values():
@@ -374,4 +376,7 @@ class Ledger:
         return self._connection.execute(sql, parameters).fetchall()
 
     def _execute(self, sql: str, parameters: Sequence[Any]) -> int:
-        return self._connection.execute(sql, parameters).rowcount
+        changed = self._connection.execute(sql, parameters).rowcount
+        bodies = sum(len(value) for value in parameters if isinstance(value, bytes))
+        self.written_bytes += bodies + bodies // 16 + PAGE_BYTES * (2 + 2 * changed)
+        return changed

@@ -26,12 +26,14 @@ _log = structlog.get_logger(__name__)
 
 
 class LaneRow(NamedTuple):
-    """A row of the table `lanes`."""
+    """What must be known of a lane to find its batches."""
 
     base: int
     stream: str
     epoch: str
-    live: int
+    complete: bool
+    """Whether `last_seq` is the last there is. What a running process did not store, although it may stand in the
+    file, was refused to whoever brought it, and is brought again."""
     last_seq: int
 
 
@@ -60,7 +62,7 @@ def salvage(old: Connection, new: Connection, known: Sequence[LaneRow]) -> int:
 
 def _read_lanes(old: Connection) -> list[LaneRow]:
     try:
-        rows = old.execute("SELECT base, stream, epoch, live, last_seq FROM lanes ORDER BY lane").fetchall()
+        rows = old.execute("SELECT base, stream, epoch, NOT live, last_seq FROM lanes ORDER BY lane").fetchall()
     except sqlite3.Error as error:
         _log.warning("buffer_salvage_impossible", error=str(error))
         return []
@@ -70,7 +72,7 @@ def _read_lanes(old: Connection) -> list[LaneRow]:
 
 def _copy_lane(old: Connection, new: Connection, lane: LaneRow, number: int) -> int:
     base, copied, top = number << SEQ_BITS, 0, 0
-    end = ((lane.base >> SEQ_BITS) + 1) << SEQ_BITS if lane.live else lane.base + lane.last_seq + 1
+    end = lane.base + lane.last_seq + 1 if lane.complete else ((lane.base >> SEQ_BITS) + 1) << SEQ_BITS
     key, failures = lane.base, 0
     while failures < UNREADABLE_IN_A_ROW_MAX:
         try:

@@ -44,8 +44,6 @@ UNDELETED_AGE_S_MAX = 5.0
 """What was acknowledged is deleted along with the lane's next append, or when this much of it has come together."""
 DELETED_BATCHES_MAX = 1_024
 """Of one lane in one transaction, so that no append waits long."""
-OVERHEAD_BYTES = 128
-"""What a batch takes on disk beside its body, at most, for the question whether the file must grow."""
 
 _log = structlog.get_logger(__name__)
 
@@ -121,7 +119,7 @@ class SqliteBuffer:
             self._delete_due(ledger, now)
             return appended
 
-        return self._write(work, sum(len(new.body) + OVERHEAD_BYTES for new in batches)) if batches else ()
+        return self._write(work) if batches else ()
 
     def peek(self, stream: str, epoch: str, after_seq: int) -> Stored | None:
         """See `BatchBuffer.peek`."""
@@ -280,28 +278,29 @@ class SqliteBuffer:
                 _log.warning("buffer_batch_corrupt", stream=gone.stream, epoch=gone.epoch, seq=gone.seq)
                 self._evictions.note(Eviction(gone.stream, gone.epoch, seq, seq, gone.rows, "corrupt"))
 
-    def _write(self, work: Callable[[Ledger], T], growth_bytes: int = 0) -> T:
+    def _write(self, work: Callable[[Ledger], T]) -> T:
         """Do `work` durably, on a new file if the old one turns out to be damaged."""
         with self._lock:
             damages = self._damages
             try:
-                return self._attempt(work, growth_bytes)
+                return self._attempt(work)
             except CorruptFileError as error:
                 self._heal(error, damages)
-                return self._attempt(work, growth_bytes)
+                return self._attempt(work)
 
-    def _attempt(self, work: Callable[[Ledger], T], growth_bytes: int) -> T:
+    def _attempt(self, work: Callable[[Ledger], T]) -> T:
         if self._closed:
             raise BufferUnavailableError(f"buffer {self._db.path} is closed")
 
-        def step(connection: Connection) -> tuple[T, Mapping[int, Lane]]:
+        def step(connection: Connection) -> tuple[T, Ledger]:
             ledger = Ledger(connection, self._lanes)
             result = work(ledger)
             ledger.settle()
-            return result, ledger.lanes
+            return result, ledger
 
-        result, lanes = self._db.transaction(step, growth_bytes)
-        self._publish(lanes)
+        result, ledger = self._db.transaction(step)
+        self._publish(ledger.lanes)
+        self._db.fold(ledger.written_bytes)
         return result
 
     def _publish(self, lanes: Mapping[int, Lane]) -> None:
@@ -336,7 +335,7 @@ class SqliteBuffer:
         held = f"{sum(lane.batches for lane in self._lanes.values())} batches held"
         if owners and owners[0][0] == self._fingerprint:
             return Opened(OpenedKind.RESUMED, held)
-        self._attempt(self._take_over, 0)
+        self._attempt(self._take_over)
         if not owners:
             return Opened(OpenedKind.NEW, "there was none")
         return Opened(OpenedKind.CLONED, f"the files were made on other hardware; {held}, to be drained")
@@ -357,7 +356,7 @@ class SqliteBuffer:
     def _replace(self, error: CorruptFileError) -> str:
         self._damages += 1
         before = [lane for lane in self._lanes.values() if lane.shown]
-        known = [LaneRow(lane.base, lane.stream, lane.epoch, int(lane.live), lane.last_seq) for lane in before]
+        known = [LaneRow(lane.base, lane.stream, lane.epoch, True, lane.last_seq) for lane in before]
         copied = 0
 
         def rescue(old: Connection, new: Connection) -> None:
@@ -366,7 +365,7 @@ class SqliteBuffer:
 
         aside = self._db.replace(rescue)
         self._publish(load(self._db.query))
-        self._attempt(self._take_over, 0)
+        self._attempt(self._take_over)
         self._note_losses(before)
         return f"{error}; moved to {aside.name}; {copied} batches of it were saved and will be sent"
 
