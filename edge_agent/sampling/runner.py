@@ -49,6 +49,11 @@ class SensorRunner:
         return self._loop.status()
 
     @property
+    def alive(self) -> bool:
+        """Whether its thread runs. It ends only when it is asked to, or by a mistake in the agent."""
+        return self._thread.is_alive()
+
+    @property
     def ended(self) -> bool:
         """Whether no more rows will come unless it is reconfigured: stopped, exhausted or failed."""
         if self._thread.ident is not None and not self._thread.is_alive():
