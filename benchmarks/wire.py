@@ -1,4 +1,4 @@
-"""Bytes on the wire per reading of the watch recordings (MQTT packet, envelope, body) at 10, 50 and 500 rows a batch."""
+"""Bytes on the wire per reading of the watch recordings, MQTT packet and all, at 10, 50 and 500 rows a batch."""
 
 from __future__ import annotations
 

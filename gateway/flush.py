@@ -138,6 +138,7 @@ def settle_apart(job: Job, table: StreamTable, quarantine: QuarantineTable) -> t
         Exception: too many parts fail: the fault does not lie with some batches.
     """
     committed, counters = dict(job.committed), dict(job.counters)
+    shards = {batch.lane: batch.shard for batch in job.batches}
     outcomes: list[Outcome] = []
     isolated: set[Lane] = set()
     faults = 0
@@ -170,6 +171,8 @@ def settle_apart(job: Job, table: StreamTable, quarantine: QuarantineTable) -> t
                 parts += [part[len(part) // 2 :], part[: len(part) // 2]]
         else:
             outcomes.append(outcome)
+            # As in `Flow.settled`: where another gateway committed, only what was just looked up is still believed.
+            committed = {lane: mark for lane, mark in committed.items() if shards[lane] not in outcome.foreign_shards}
             committed |= outcome.committed
             counters |= outcome.counters
     table.refresh()
