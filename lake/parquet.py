@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -59,8 +60,9 @@ def encode(table: pa.Table, repeating: frozenset[str], counting: frozenset[str])
 def _choose(leaf: pa.Array) -> str | None:
     """Encoding of a column of plain values; None for a dictionary.
 
-    Rule: numbers of which at most half of a sample of 1,024, spread over the column, differ from each other get a
-    dictionary. Otherwise floats are split by bytes and integers written as differences.
+    Rule, from a sample of 1,024 values spread over the column: where at least a tenth of them repeat (about 5,000
+    different values or fewer), a dictionary. Else integers as differences and floats split by bytes, but float64
+    that people rounded to six digits or fewer as they are, because zstd finds more in them than in their bytes.
     """
     kind = leaf.type
     if pa.types.is_boolean(kind):
@@ -73,11 +75,16 @@ def _choose(leaf: pa.Array) -> str | None:
     width = kind.bit_width // 8
     bits = np.frombuffer(data, f"u{width}")[leaf.offset : leaf.offset + len(leaf)]
     sample = bits[:: max(1, len(bits) // _SAMPLE_MAX)]
-    if 2 * len(np.unique(sample)) <= len(sample):
+    if 10 * len(np.unique(sample)) <= 9 * len(sample):
         return None
     if pa.types.is_floating(kind):
-        return "BYTE_STREAM_SPLIT"
+        return "PLAIN" if width == 8 and _is_rounded(sample.view(np.float64)) else "BYTE_STREAM_SPLIT"
     return "DELTA_BINARY_PACKED" if width >= 4 else "PLAIN"
+
+
+def _is_rounded(sample: npt.NDArray[np.float64]) -> bool:
+    with np.errstate(all="ignore"):
+        return bool(np.mean(np.rint(sample * 1e6) / 1e6 == sample) > 0.5)
 
 
 def _leaves(path: str, array: pa.Array) -> Iterator[tuple[str, pa.Array]]:

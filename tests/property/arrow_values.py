@@ -93,7 +93,7 @@ def _names() -> st.SearchStrategy[str]:
         "key",
     ]
     return st.one_of(
-        st.sampled_from(odd), st.text(st.characters(codec="utf-8", exclude_categories=("Cc",)), min_size=1, max_size=8)
+        st.sampled_from(odd), st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=8)
     )
 
 

@@ -36,7 +36,8 @@ NUMBERS = itertools.count()
 def test_every_type_survives_its_storage_type(data: st.DataObject) -> None:
     kind = data.draw(types())
     field = stored_field("x", kind)
-    assume(field is not None)
+    if field is None:
+        return  # all values are null: nothing is stored
     array = data.draw(arrays(kind, data.draw(st.integers(0, 6))))
     start = data.draw(st.integers(0, len(array)))
     array = array.slice(start)
