@@ -5,15 +5,14 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import boto3
 import msgspec
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import S3Store
 
 from contract.errors import ConfigurationError
 from headwater.stack.errors import NotReady, ProgramMissing
@@ -27,7 +26,7 @@ PREFIX = "lake"
 TIER = 0
 PROBE_KEY = "headwater-probe"
 """Beside the prefix of the lake, never in it."""
-PROBE_TIMEOUT_S = 5.0
+PROBE_TIMEOUT = "5s"
 CREDENTIAL_BYTES_MAX = 4096
 
 
@@ -103,7 +102,6 @@ class Seaweed:
         self._ports = dict(ports)
         self._settings = settings or SeaweedSettings()
         self._credentials = _credentials(self._folder / "credentials.json")
-        self._client: Any = None
 
     @property
     def access(self) -> StoreAccess:
@@ -131,6 +129,8 @@ class Seaweed:
             "webdav": "false",
             "admin.ui": "false",
             "s3.config": str(config),
+            # Made at the start, if it is not there.
+            "bucket": self._settings.bucket,
             "s3.port": ports["s3"],
             "s3.port.grpc": ports["s3_grpc"],
             "s3.port.iceberg": 0,
@@ -158,24 +158,29 @@ class Seaweed:
         )
 
     def check(self) -> None:
-        """Make the bucket if it is missing, put an object and read it back.
+        """Put an object and read it back.
 
         Raises:
-            NotReady: when any of it fails.
+            NotReady: when that fails.
         """
-        token = secrets.token_bytes(16)
-        bucket = self._settings.bucket
+        access, token = self.access, secrets.token_bytes(16)
         try:
-            client = self._s3()
-            # After an earlier start it is there already.
-            with suppress(client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
-                client.create_bucket(Bucket=bucket)
-            client.put_object(Bucket=bucket, Key=PROBE_KEY, Body=token)
-            found = client.get_object(Bucket=bucket, Key=PROBE_KEY)["Body"].read(64)
-        except (BotoCoreError, ClientError) as error:
-            raise NotReady(f"object store {self.access.endpoint}: {error}") from error
+            store = S3Store(
+                access.bucket,
+                endpoint=access.endpoint,
+                access_key_id=access.key,
+                secret_access_key=access.secret,
+                region=access.region,
+                client_options={"allow_http": True, "connect_timeout": PROBE_TIMEOUT, "timeout": PROBE_TIMEOUT},
+                # Who asks decides when to ask again.
+                retry_config={"max_retries": 0},
+            )
+            obstore.put(store, PROBE_KEY, token)
+            found = bytes(obstore.get(store, PROBE_KEY).bytes())
+        except BaseError as error:
+            raise NotReady(f"object store {access.endpoint}: {str(error).splitlines()[0]}") from error
         if found != token:
-            raise NotReady(f"object store {self.access.endpoint} returns {found!r} where {token!r} was put")
+            raise NotReady(f"object store {access.endpoint} returns {found!r} where {token!r} was put")
 
     def _prepare(self, config: Path) -> None:
         try:
@@ -190,25 +195,6 @@ class Seaweed:
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
         write_whole(config, msgspec.json.encode({"identities": [identity]}), 0o600)
-
-    def _s3(self) -> Any:
-        """A client without retries, so that a probe answers at once. Used by one probe at a time."""
-        if self._client is None:
-            self._client = boto3.session.Session().client(
-                "s3",
-                endpoint_url=self.access.endpoint,
-                aws_access_key_id=self._credentials.key,
-                aws_secret_access_key=self._credentials.secret,
-                region_name=REGION,
-                config=Config(
-                    retries={"max_attempts": 0},
-                    connect_timeout=PROBE_TIMEOUT_S,
-                    read_timeout=PROBE_TIMEOUT_S,
-                    proxies={},
-                    s3={"addressing_style": "path"},
-                ),
-            )
-        return self._client
 
 
 def _credentials(path: Path) -> _Credentials:

@@ -25,7 +25,11 @@ def mosquitto(shared_servers: Servers) -> BrokerServer:
 
 @pytest.fixture(scope="session")
 def iotcore(shared_servers: Servers) -> BrokerServer:
-    """An embedded broker that tests share: use topics and client ids of your own, and leave it running."""
+    """An embedded broker that tests share: use topics and client ids of your own, and leave it running.
+
+    A client id must not move between its MQTT 5 and its 3.1.1 port within moments: the broker may then take the end of
+    the earlier connection for the end of the later one.
+    """
     return shared_servers.iotcore()
 
 

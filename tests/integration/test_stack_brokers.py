@@ -47,8 +47,8 @@ def watch(broker: BrokerServer, name: str, topic: str, **options: object) -> Mqt
 
 @pytest.mark.parametrize("mqtt5", [True, False])
 def test_qos_1_messages_arrive_in_order_with_their_payload(any_broker: BrokerServer, mqtt5: bool) -> None:
-    url = any_broker.url if mqtt5 else any_broker.url_mqtt311
-    with MqttClient(url, "order-in", mqtt5=mqtt5) as reader, MqttClient(url, "order-out", mqtt5=mqtt5) as writer:
+    url, name = any_broker.url if mqtt5 else any_broker.url_mqtt311, f"order-{mqtt5}"
+    with MqttClient(url, f"{name}-in", mqtt5=mqtt5) as reader, MqttClient(url, f"{name}-out", mqtt5=mqtt5) as writer:
         reader.subscribe(f"order/{mqtt5}")
         for number in range(200):
             writer.client.publish(f"order/{mqtt5}", number.to_bytes(2), qos=1)
@@ -94,15 +94,18 @@ def test_a_retained_message_meets_whoever_subscribes_later_until_it_is_cleared(
 ) -> None:
     """An ack, a presence and a desired state reach a device that was away."""
     url, topic = any_broker.url if mqtt5 else any_broker.url_mqtt311, f"kept/{mqtt5}/d1"
-    with MqttClient(url, "kept-out", mqtt5=mqtt5) as writer:
+    with MqttClient(url, f"kept-out-{mqtt5}", mqtt5=mqtt5) as writer:
         writer.publish(topic, b"old", retain=True)
         writer.publish(topic, b"new", retain=True)
-    for name in ("kept-in", "kept-in-again"):
+    for name in (f"kept-in-{mqtt5}", f"kept-again-{mqtt5}"):
         with MqttClient(url, name, mqtt5=mqtt5) as reader:
             reader.subscribe(topic)
             message = reader.receive()
             assert (message.payload, message.retain) == (b"new", True)
-    with MqttClient(url, "kept-out", mqtt5=mqtt5) as writer, MqttClient(url, "kept-live", mqtt5=mqtt5) as reader:
+    with (
+        MqttClient(url, f"kept-out-{mqtt5}", mqtt5=mqtt5) as writer,
+        MqttClient(url, f"kept-live-{mqtt5}", mqtt5=mqtt5) as reader,
+    ):
         reader.subscribe(topic)
         assert reader.receive().retain
         writer.publish(topic, b"live", retain=True)
@@ -110,7 +113,7 @@ def test_a_retained_message_meets_whoever_subscribes_later_until_it_is_cleared(
         assert (message.payload, message.retain) == (b"live", False), "live messages do not look retained"
         writer.publish(topic, b"", retain=True)
         assert reader.receive().payload == b""
-        with MqttClient(url, "kept-late", mqtt5=mqtt5) as late:
+        with MqttClient(url, f"kept-late-{mqtt5}", mqtt5=mqtt5) as late:
             late.subscribe(topic)
             writer.publish(topic, END)
             assert [message.payload for message in late.receive_until(END)] == [END]
