@@ -12,7 +12,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slow lint format bench lock clean
+.PHONY: help demo test test-fast test-slow chaos world fuzz lint format bench lock clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -30,6 +30,16 @@ test-fast: $(STAMP)  ## the tests without servers and processes
 test-slow: $(STAMP)  ## the tests that need minutes
 	.ci/need mosquitto
 	$(BIN)/pytest -m slow $(ARGS)
+
+chaos: $(STAMP)  ## minutes of kills, freezes and store trouble, with real processes; ARGS="--seed N" for another schedule
+	.ci/need mosquitto
+	$(BIN)/pytest -m slow tests/integration/test_kill.py tests/integration/test_store_trouble.py $(ARGS)
+
+world: $(STAMP)  ## two million steps of the protocol's model; ARGS="--first N --seeds M" for others
+	$(BIN)/python -m tests.simulation.world $(ARGS)
+
+fuzz: $(STAMP)  ## the property tests with fifty times the examples
+	$(BIN)/pytest tests/property tests/contract -m "not slow" --hypothesis-profile=long --timeout=3600 $(ARGS)
 
 lint: $(STAMP)  ## style, types and import rules
 	$(BIN)/ruff check .

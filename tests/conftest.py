@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, settings
 # Two busy cores prove nothing about speed: examples have no deadline, and slow drawing is no failure. A failing example
 # is printed as a blob that replays it.
 settings.register_profile("headwater", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("long", settings.get_profile("headwater"), max_examples=5_000)
 settings.load_profile("headwater")
 
 
