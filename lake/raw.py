@@ -2,27 +2,22 @@
 
 Per flush one Delta commit holds the rows, the new watermark of every (device, epoch) in it as application transaction
 `device/epoch`, and for every shard in it a counter as application transaction `shard/NN`. The format refuses a commit
-if one of its application transactions moved since the handle was refreshed; it does not refuse a lower version, so
-the caller compares counters and watermarks after each refresh, before it appends (see `contract`, "What a gateway
-does").
+if one of its application transactions moved since the handle was refreshed; it does not refuse a lower version, so the
+caller compares counters and watermarks after each refresh, before it appends (see `contract`, "What a gateway does").
 """
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, Schema, Transaction
-from deltalake.transaction import AddAction, RemoveAction
+from deltalake.transaction import AddAction
 
 from contract.errors import Rejected
 from contract.names import TS
 from lake import columns
-from lake.errors import CommitConflictError, ObjectMissingError
-from lake.log import TransactionLog
+from lake.delta import DeltaHandle, wall_clock_ms
 from lake.parquet import encode
 from lake.parts import COUNTING, REPEATING, RawBatch, build, parts_of, sort_key
 from lake.plan import BASE_COLUMNS, COLUMNS_MAX, Columns, WireSchema, WireSchemas, columns_of, grow, table_schema
@@ -68,10 +63,6 @@ def shard_app_id(shard: int) -> str:
     return f"shard/{shard:02d}"
 
 
-def _wall_clock_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
 class RawTable:
     """One stream's table as one gateway process sees it. Not thread-safe; holds one Delta handle."""
 
@@ -84,7 +75,7 @@ class RawTable:
         part_bytes_max: int = 128 * 1024 * 1024,
         columns_max: int = COLUMNS_MAX,
         schemas: SchemaObjects | None = None,
-        clock_ms: Callable[[], int] = _wall_clock_ms,
+        clock_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         """Touch nothing yet.
 
@@ -98,16 +89,12 @@ class RawTable:
             clock_ms: wall clock for the modification times of files, milliseconds since 1970-01-01 UTC.
         """
         self.stream = stream
-        self._store = store
-        self._path = table_path(stream)
-        self._uri = store.table_uri(self._path)
+        self._handle = DeltaHandle(store, table_path(stream), clock_ms)
         self._max_clock_skew_us = int(max_clock_skew_s * 1_000_000)
         self._part_bytes_max = part_bytes_max
         self._columns_max = columns_max
         self._schemas = schemas if schemas is not None else SchemaObjects(store)
-        self._clock_ms = clock_ms
-        self._handle: DeltaTable | None = None
-        self._log = TransactionLog(store, self._path)
+        self._seen_version = -1
         self._columns: Columns = {}
         self._planned: Columns = BASE_COLUMNS
         self._verdicts: dict[str, Rejected | None] = {}
@@ -116,7 +103,7 @@ class RawTable:
     @property
     def version(self) -> int:
         """Version of the table as of the last refresh, -1 where there is none."""
-        return -1 if self._handle is None else self._handle.version()
+        return self._handle.version
 
     def refresh(self) -> None:
         """See the latest commit. That there is no table yet is fine.
@@ -124,25 +111,13 @@ class RawTable:
         Raises:
             StoreUnavailableError: the store did not answer.
         """
-        handle, self._handle = self._handle, None  # after an error the next refresh opens the table anew
-        before = -1 if handle is None else handle.version()
-        try:
-            with self._store.translated(f"open table {self._path}"):
-                if handle is None:
-                    handle = DeltaTable(self._uri, storage_options=self._store.storage_options)
-                    self._log.forget()
-                else:
-                    handle.update_incremental()
-        except ObjectMissingError:
-            self._log.forget()
-            self._columns, self._planned, self._verdicts = {}, BASE_COLUMNS, {}
-            return
-        self._log.advance(handle.version())
-        if handle.version() != before or self._planned is not self._columns:
-            self._columns = columns_of(pa.schema(handle.schema().to_arrow()))
-            self._planned = self._columns
-            self._verdicts = {}
-        self._handle = handle
+        self._handle.refresh()
+        if self.version != self._seen_version:
+            self._columns = columns_of(self._handle.schema)
+            self._seen_version = self.version
+        planned = self._columns or BASE_COLUMNS
+        if self._planned is not planned:
+            self._planned, self._verdicts = planned, {}
 
     def watermark(self, device: str, epoch: str) -> int:
         """Highest committed seq of a lane, 0 where there is none, as of the last refresh.
@@ -150,7 +125,7 @@ class RawTable:
         Raises:
             StoreUnavailableError: the store did not answer.
         """
-        return self._transaction(lane_app_id(device, epoch))
+        return self._handle.transaction(lane_app_id(device, epoch))
 
     def watermarks(self, lanes: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
         """Watermarks of many lanes.
@@ -166,7 +141,7 @@ class RawTable:
         Raises:
             StoreUnavailableError: the store did not answer.
         """
-        return self._transaction(shard_app_id(shard))
+        return self._handle.transaction(shard_app_id(shard))
 
     def unfit(self, schema: pa.Schema) -> Rejected | None:
         """Why batches of this wire schema cannot stand in the table; None where they can, perhaps with new columns.
@@ -213,42 +188,25 @@ class RawTable:
         for wire in wires.values():
             self._schemas.keep(wire.fingerprint, wire.serialized)
         added = self._ensure_columns(wires.values())
-        handle = self._handle
-        assert handle is not None
-        actions: list[AddAction | RemoveAction] = []
-        rows = skewed = size = 0
+        files: list[AddAction] = []
+        rows = skewed = 0
         for part in parts_of(sorted(batches, key=sort_key), self._part_bytes_max):
-            found, part_skewed = self._write(part)
-            actions += found
-            rows += sum(batch.batch.num_rows for batch in part)
+            part_files, part_skewed = self._write(part)
+            files += part_files
             skewed += part_skewed
-            size += sum(action.size for action in found)
-        transactions = [Transaction(lane_app_id(*lane), seq) for lane, seq in watermarks.items()]
-        transactions += [Transaction(shard_app_id(shard), count) for shard, count in shard_counters.items()]
-        base = handle.version()
-        with self._store.translated(f"commit to table {self._path}"):
-            handle.create_write_transaction(
-                actions,
-                mode="append",
-                schema=handle.schema(),
-                partition_by=[columns.DATE],
-                commit_properties=CommitProperties(app_transactions=transactions),
-            )
-        self._store.sync_commits(self._path, base)
-        return AppendResult(rows, len(batches), len(actions), size, skewed, added)
+            rows += sum(batch.batch.num_rows for batch in part)
+        transactions = {lane_app_id(*lane): seq for lane, seq in watermarks.items()}
+        transactions |= {shard_app_id(shard): count for shard, count in shard_counters.items()}
+        self._handle.commit(files, transactions)
+        return AppendResult(rows, len(batches), len(files), sum(file.size for file in files), skewed, added)
 
     def _write(self, batches: Sequence[RawBatch]) -> tuple[list[AddAction], int]:
-        """Write batches as Parquet files, one per date, under names that nobody else uses."""
+        """Write batches as Parquet files, one per date; also count the rows whose clock was too far off."""
         parts, skewed = build(batches, self._wire_schema, self._columns, self._max_clock_skew_us)
-        actions = []
-        for part in parts:
-            name = f"{columns.DATE}={part.date}/part-{secrets.token_hex(16)}.zstd.parquet"
-            data = encode(part.table, REPEATING, COUNTING)
-            self._store.put(f"{self._path}/{name}", data)
-            actions.append(
-                AddAction(name, data.size, {columns.DATE: part.date}, self._clock_ms(), True, part.stats.decode())
-            )
-        return actions, skewed
+        files = [
+            self._handle.put_file(part.date, encode(part.table, REPEATING, COUNTING), part.stats) for part in parts
+        ]
+        return files, skewed
 
     def _ensure_columns(self, wires: Iterable[WireSchema]) -> tuple[str, ...]:
         """Make the table, or add the columns that it lacks, so that the handle's version is the next one and no
@@ -263,48 +221,9 @@ class RawTable:
             for name, field in needed.items()
             if name not in have or not field.equals(have[name], check_metadata=True)
         ]
-        if self._handle is None:
-            self._create(needed)
+        if self.version < 0:
+            self._handle.create(table_schema(needed), _CONFIGURATION)
         elif changed:
-            self._add_columns(self._handle, changed)
-        self._columns = needed
+            self._handle.add_columns(changed)
+        self._columns, self._seen_version = needed, self.version
         return tuple(field.name for field in changed)
-
-    def _create(self, needed: Columns) -> None:
-        with self._store.translated(f"create table {self._path}"):
-            handle = DeltaTable.create(
-                self._uri,
-                Schema.from_arrow(table_schema(needed)),
-                mode="error",
-                partition_by=[columns.DATE],
-                configuration=_CONFIGURATION,
-                storage_options=self._store.storage_options,
-            )
-        self._store.sync_commits(self._path, -1)
-        self._check_alone(handle, -1)
-
-    def _add_columns(self, handle: DeltaTable, fields: list[pa.Field]) -> None:
-        base = handle.version()
-        self._handle = None
-        with self._store.translated(f"add columns to table {self._path}"):
-            handle.alter.add_columns(list(Schema.from_arrow(pa.schema(fields)).fields))
-        self._store.sync_commits(self._path, base)
-        self._check_alone(handle, base)
-
-    def _check_alone(self, handle: DeltaTable, base: int) -> None:
-        """The caller judged the table at version `base`; a commit that slipped in between may have moved its lanes."""
-        if handle.version() != base + 1:
-            raise CommitConflictError(
-                f"table {self._path} went from version {base} to {handle.version()} while its columns changed; "
-                "refresh and check again"
-            )
-        self._handle = handle
-
-    def _transaction(self, app_id: str) -> int:
-        if self._handle is None:
-            return 0
-        version = self._log.get(app_id)
-        if version is None:
-            with self._store.translated(f"read table {self._path}"):
-                version = self._handle.transaction_version(app_id) or 0
-        return version
