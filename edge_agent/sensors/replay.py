@@ -94,7 +94,8 @@ class ReplaySensor:
         while not stop.is_set():
             passed_ns = self._clock.monotonic_ns() - self._start_ns
             rows = self._rows_due(passed_ns)
-            if rows and passed_ns >= self._group_ns:
+            full = rows == min(self._options.block_rows, self._rows_left())
+            if rows and (full or passed_ns >= self._group_ns):
                 self._group_ns = passed_ns + round(_GROUP_S * 1e9)
                 return self._hand_over(rows)
             next_ns = max(self._group_ns, 0 if rows else self._next_due_ns())

@@ -70,19 +70,40 @@ def test_a_sample_beyond_the_bounds_passes_through_an_empty_queue() -> None:
     assert item is not None and not isinstance(item.sample, Reading) and item.sample.num_rows == 500
 
 
-def test_a_put_waits_for_room_and_a_get_for_a_sample() -> None:
-    queue = RowQueue(1, 1_000_000)
+class LookedAt(threading.Event):
+    """Notes that it was looked at: `put` does so under its lock, right before it waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked = threading.Event()
+
+    def is_set(self) -> bool:
+        self.looked.set()
+        return super().is_set()
+
+
+def test_a_put_waits_for_room_and_is_woken_by_it() -> None:
+    queue, stop = RowQueue(1, 1_000_000), LookedAt()
     assert put(queue, reading(1))
-    got: list[Any] = []
-
-    def consume() -> None:
-        got.extend(queue.get(wait_s=30) for _ in range(2))
-
-    thread = threading.Thread(target=consume, daemon=True)
+    results: list[bool] = []
+    thread = threading.Thread(
+        target=lambda: results.append(queue.put(COLUMNS.schema, reading(2), 600.0, stop)), daemon=True
+    )
     thread.start()
-    assert put(queue, reading(2), wait_s=30)
+    assert stop.looked.wait(30)
+    assert queue.get() is not None
     thread.join(30)
-    assert [item.sample.values["x"] for item in got] == [1, 2]
+    assert results == [True] and queue.rows == 1
+
+
+def test_a_get_waits_for_a_sample() -> None:
+    queue = RowQueue(1, 1_000_000)
+    got: list[Any] = []
+    thread = threading.Thread(target=lambda: got.append(queue.get(wait_s=600)), daemon=True)
+    thread.start()
+    assert put(queue, reading(7))
+    thread.join(30)
+    assert [item.sample.values["x"] for item in got] == [7]
 
 
 def test_a_stop_shortens_the_wait_for_room() -> None:

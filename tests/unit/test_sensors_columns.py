@@ -152,6 +152,7 @@ def test_a_block_takes_arrays_of_every_kind_bit_for_bit(column: Any, kind: pa.Da
         (np.array([1, 2], np.float16), "declared float, but the block holds halffloat"),
         (array.array("d", [1, 2]), "declared float, but the block holds double"),
         (pa.array([1, 2]), "declared float, but the block holds int64"),
+        (np.array([1, 2], np.int32), "declared float, but the block holds int32"),
         (np.zeros((2, 2), np.float32), "not a one-dimensional array"),
         (memoryview(np.zeros((2, 2), np.float32)), "not a one-dimensional array"),
         ("ab", "not a one-dimensional array"),

@@ -116,6 +116,13 @@ def test_speed_divides_waiting_and_distances_and_kept_times_stay(tmp_path: Path,
     assert [row["ts"] for row in kept.rows()] == [100_000_000, 101_000_000, 103_000_000]
 
 
+def test_a_replay_that_lags_behind_is_not_held_up_by_grouping(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "ts,x\n" + "".join(f"{n},{n}\n" for n in range(20_000)))
+    player = Player(path=path, time_format="ms", speed=1e6, block_rows=100)
+    assert [row["x"] for row in player.rows()] == list(range(20_000))
+    assert player.clock.ns - 5_000_000_000 < 0.2e9
+
+
 def test_speed_0_does_not_wait_and_keeps_the_distances(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "ts,x\n" + "".join(f"{n * 3600},{n}\n" for n in range(100)))
     player = Player(path=path, time_format="s", speed=0, block_rows=30)
@@ -233,6 +240,13 @@ def test_iso_text_and_epoch_seconds_come_back_to_the_microsecond(us: int) -> Non
     text = pa.array([moment.isoformat(timespec="microseconds")])
     assert parse_times(text, "iso8601", "Europe/Berlin").to_pylist() == [us]
     assert parse_times(pa.array([us / 1e6]), "s", "UTC").to_pylist() == [us]
+    assert parse_times(pa.array([us / 1e3]), "ms", "UTC").to_pylist() == [us]
+
+
+def test_seconds_that_are_not_exact_in_binary_are_rounded_and_not_cut() -> None:
+    # 1098554253.192844 s times a million is 1098554253192843.9 in float64.
+    assert parse_times(pa.array([1098554253.192844]), "s", "UTC").to_pylist() == [1_098_554_253_192_844]
+    assert parse_times(pa.array([1099902662413.827]), "ms", "UTC").to_pylist() == [1_099_902_662_413_827]
 
 
 def test_values_of_a_csv_file_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -292,6 +306,10 @@ def test_a_big_csv_file_is_read_in_pieces(tmp_path: Path) -> None:
     # The file has 18 MB, of which the reader holds some ahead.
     assert pa.total_allocated_bytes() - before < 8_000_000
     assert player.rows(1_000_000)[-1]["x"] == 399_999 * 0.5
+    # Row numbers go on from piece to piece, for the times of a file without times as for messages.
+    timeless = Player(path=path, time_column="", rate_hz=1000, speed=0, fields=["x"])
+    last = timeless.rows(1_000_000)[-1]
+    assert (last["ts"] - WALL_US, last["x"]) == (399_999_000, 399_999 * 0.5)
 
 
 @pytest.mark.parametrize(
@@ -306,6 +324,7 @@ def test_a_big_csv_file_is_read_in_pieces(tmp_path: Path) -> None:
         ("ts,x\n1,2\n", {"time_format": "minutes"}, "time_format 'minutes' is not known"),
         ("ts,x\n1,2\n", {"time_format": "s", "timezone": "Mars/Base"}, "timezone 'Mars/Base'"),
         ("ts,x\n1,2\n,3\n", {"time_format": "s"}, "row 2 has no time"),
+        ("ts,x\n" + "1,2\n" * 60_000 + ",3\n", {"time_format": "s"}, "row 60001 has no time"),
         ("ts,x\n1,2\n2\n", {"time_format": "s"}, "Expected 2 columns, got 1"),
         ("ts,x\n1,2.5\n", {"time_format": "s", "fields": {"x": "int8"}}, "conversion error to int8"),
         ("ts,x\n1,2\n", {"time_format": "s", "fields": {"x": "number"}}, "unknown type 'number'"),
