@@ -32,6 +32,8 @@ _log = structlog.get_logger()
 
 UNACKED_MAX = 2_000
 """Publishes on the way to the broker without its answer; beyond, `publish` says no."""
+INFLIGHT_MAX = 10
+"""Publishes of QoS 1 sent without their PUBACK; the others wait inside paho."""
 PACKET_BYTES_MAX = 2 * DEFAULT_LIMITS.payload_bytes_max
 """Larger packets stay with the broker. Twice the limit: what is a little too large arrives, and its refusal is told."""
 STABLE_S = 10.0
@@ -259,6 +261,8 @@ class _Attempt:
         if self._address.tls:
             client.tls_set_context(_tls_context(settings))
         client.connect_timeout = settings.connect_timeout_s
+        # paho cannot change this once connected, when the broker has said how many it takes: no broker takes fewer.
+        client.max_inflight_messages_set(INFLIGHT_MAX)
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.MaximumPacketSize = PACKET_BYTES_MAX
         client.connect(
@@ -273,8 +277,6 @@ class _Attempt:
             client.disconnect()
             return
         self._connacked = True
-        # MQTT 5, 3.2.2.3: what the broker allows; absent means the protocol's own maximum.
-        client.max_inflight_messages_set(min(getattr(properties, "ReceiveMaximum", 65_535), UNACKED_MAX))
         if self._filters:
             client.subscribe([(topic, 1) for topic in self._filters])
         else:
