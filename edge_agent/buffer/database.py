@@ -112,7 +112,7 @@ class Database:
                     return self._once(work, may_grow=False)
                 except DiskFullError:
                     continue
-        raise DiskFullError(f"buffer {self.path}: the disk is full to the last block; free space on it")
+        raise DiskFullError(f"buffer {self.path}: the disk is full to the last block; free space on this disk")
 
     def fold(self, written_bytes: int) -> None:
         """Note what was written, about, and fold the log into the file when it is time.

@@ -50,10 +50,12 @@ def salvage(old: Connection, new: Connection, known: Sequence[LaneRow]) -> int:
     """
     copied = 0
     try:
+        # Without this a file that was cut short is refused whole.
+        old.execute("PRAGMA writable_schema = ON").fetchall()
         for number, lane in enumerate(known or _read_lanes(old), 1):
             copied += _copy_lane(old, new, lane, number)
     except sqlite3.Error as error:
-        # Only writing raises here. What is committed is worth having; the old file keeps the rest.
+        # What is committed is worth having; the old file keeps the rest.
         if new.in_transaction:
             new.execute("ROLLBACK")
         _log.warning("buffer_salvage_stopped", batches=copied, error=str(error))

@@ -324,10 +324,9 @@ class SqliteBuffer:
         try:
             self._db.open()
             self._publish(load(self._db.query))
+            return self._claim()
         except CorruptFileError as error:
-            detail = self._replace(error)
-            return Opened(OpenedKind.CORRUPT_REPLACED, detail)
-        return self._claim()
+            return Opened(OpenedKind.CORRUPT_REPLACED, self._replace(error))
 
     def _claim(self) -> Opened:
         """Begin new epochs where the file was last used by another board."""

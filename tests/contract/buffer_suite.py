@@ -484,7 +484,8 @@ class BufferSuite:
 
     def test_threads_that_append_read_and_acknowledge_do_not_disturb_each_other(self, now: Hands) -> None:
         buffer = self.make({"a": ROOMY, "b": ROOMY}, PLENTY, now)
-        per_stream, problems = 60, []
+        per_stream = 60
+        problems: list[object] = []
         epochs = {stream: buffer.open_epoch(stream) for stream in ("a", "b")}
 
         def append(stream: str) -> None:

@@ -9,14 +9,26 @@ from __future__ import annotations
 
 import random
 import sqlite3
+import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import apsw
 
 SECTOR = 512
+
+
+@contextmanager
+def memory_folder() -> Iterator[Path]:
+    """A folder in memory where there is one: where faults are simulated, thousands of real flushes prove nothing."""
+    shm = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as name:
+        yield Path(name)
+
+
 SUFFIXES = ("", "-wal", "-journal")
 
 
@@ -42,6 +54,8 @@ class Disk:
         """From this operation on every one fails with `error`."""
         self.error = apsw.SQLITE_FULL
         """SQLite's code for it."""
+        self.on_sync: Callable[[], None] = lambda: None
+        """Called before each flush: a slow card."""
         self.pragmas: dict[str, str] = {}
         """Replacements of statements: how a mutant is made."""
         self._lock = threading.Lock()
@@ -127,8 +141,9 @@ class _Vfs(apsw.VFS):
         self.vfs_name, self._disk = name, disk
         super().__init__(name, base="")
 
-    def excepthook(self, kind: Any, error: Any, trace: Any) -> None:
+    def excepthook(self, kind: Any, error: Any, trace: Any) -> bool:
         """A refusal that SQLite keeps to itself is no news."""
+        return True
 
     def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:  # noqa: N802
         filename = name.filename() if isinstance(name, apsw.URIFilename) else name
@@ -149,8 +164,9 @@ class _File(apsw.VFSFile):
         self._disk, self._file = disk, file
         super().__init__("", name, flags)
 
-    def excepthook(self, kind: Any, error: Any, trace: Any) -> None:
+    def excepthook(self, kind: Any, error: Any, trace: Any) -> bool:
         """A refusal that SQLite keeps to itself is no news."""
+        return True
 
     def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802
         self._disk.record(Event("write", self._file, offset, bytes(data)))
@@ -162,6 +178,7 @@ class _File(apsw.VFSFile):
 
     def xSync(self, flags: int) -> None:  # noqa: N802
         self._disk.record(Event("sync", self._file))
+        self._disk.on_sync()
         super().xSync(flags)
 
 
@@ -202,6 +219,7 @@ def _translated(action: Any) -> Any:
         return action()
     except apsw.Error as error:
         foreign = sqlite3.OperationalError(str(error))
-        foreign.sqlite_errorcode = error.extendedresult or error.result
+        # Absent where it was raised by apsw itself.
+        foreign.sqlite_errorcode = int(getattr(error, "extendedresult", apsw.SQLITE_ERROR))
         foreign.sqlite_errorname = type(error).__name__
         raise foreign from error

@@ -24,13 +24,11 @@ from contract.errors import ConfigurationError, TemporaryError
 from edge_agent.buffer.port import BufferUnavailableError, OpenedKind
 from edge_agent.buffer.sqlite import SqliteBuffer
 from tests.contract.buffer_suite import PLENTY, ROOMY, Hands, held
-from tests.integration.buffer_disk import Disk
+from tests.integration.buffer_disk import Disk, memory_folder
 
 MIB = 1024 * 1024
 EXT4_IOC_SHUTDOWN = 0x8004587D  # from the next moment on the file system answers EIO
 CODES = [apsw.SQLITE_FULL, apsw.SQLITE_IOERR_WRITE, apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_READONLY, apsw.SQLITE_CANTOPEN]
-# A VFS in Python tells SQLite of a fault by an exception, and of some faults SQLite tells nobody.
-injected = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 
 
@@ -39,6 +37,12 @@ def buffer_at(path: Path, **options: object) -> SqliteBuffer:
 
 
 # Injected faults
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with memory_folder() as folder:
+        yield folder
 
 
 def body(seq: int) -> bytes:
@@ -74,11 +78,12 @@ def life(buffer: SqliteBuffer, disk: Disk) -> tuple[int, int]:
     return appended, acknowledged
 
 
-@injected
-@pytest.mark.parametrize("error", CODES)
-def test_a_disk_that_fails_at_any_operation_loses_nothing_and_serves_again(tmp_path: Path, error: int) -> None:
-    (tmp_path / "whole").mkdir()
-    disk = Disk(tmp_path / "whole" / "buffer.db")
+@pytest.mark.parametrize(
+    "error", CODES, ids=lambda code: apsw.mapping_result_codes.get(code) or apsw.mapping_extended_result_codes[code]
+)
+def test_a_disk_that_fails_at_any_operation_loses_nothing_and_serves_again(folder: Path, error: int) -> None:
+    (folder / "whole").mkdir()
+    disk = Disk(folder / "whole" / "buffer.db")
     buffer = buffer_at(disk.path, connect=disk.connect, wal_bytes_max=6_000)
     opened_after = disk.operations
     life(buffer, disk)
@@ -86,9 +91,8 @@ def test_a_disk_that_fails_at_any_operation_loses_nothing_and_serves_again(tmp_p
     operations = disk.operations
     assert operations > 200
     for first in range(opened_after, operations, 3):
-        folder = tmp_path / str(first)
-        folder.mkdir()
-        disk = Disk(folder / "buffer.db")
+        (folder / str(first)).mkdir()
+        disk = Disk(folder / str(first) / "buffer.db")
         buffer = buffer_at(disk.path, connect=disk.connect, wal_bytes_max=6_000)
         disk.error, disk.fail_from = error, first
         appended, acknowledged = life(buffer, disk)
@@ -105,9 +109,8 @@ def test_a_disk_that_fails_at_any_operation_loses_nothing_and_serves_again(tmp_p
         again.close()
 
 
-@injected
-def test_a_refusal_says_what_to_do(tmp_path: Path) -> None:
-    disk = Disk(tmp_path / "buffer.db")
+def test_a_refusal_says_what_to_do(folder: Path) -> None:
+    disk = Disk(folder / "buffer.db")
     buffer = buffer_at(disk.path, connect=disk.connect)
     for error, remedy in (
         (apsw.SQLITE_FULL, "free space on this disk"),
@@ -126,11 +129,10 @@ def test_a_refusal_says_what_to_do(tmp_path: Path) -> None:
         buffer.append("a", b"body", 1, Hands()())
 
 
-@injected
-def test_of_batches_that_go_in_together_a_failing_disk_takes_all_or_none(tmp_path: Path) -> None:
+def test_of_batches_that_go_in_together_a_failing_disk_takes_all_or_none(folder: Path) -> None:
     from edge_agent.buffer.port import NewBatch
 
-    disk = Disk(tmp_path / "buffer.db")
+    disk = Disk(folder / "buffer.db")
     buffer = buffer_at(disk.path, connect=disk.connect)
     new = [NewBatch(stream, body(1), 1, Hands()()) for stream in "abc"]
     buffer.append_many(new)

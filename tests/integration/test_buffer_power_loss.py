@@ -12,7 +12,6 @@ new `last_seq` in two transactions; salvaging into the file's own place.
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from edge_agent.buffer.ledger import Ledger
 from edge_agent.buffer.port import NewBatch, OpenedKind, StreamCaps, WhenFull
 from edge_agent.buffer.sqlite import SqliteBuffer
 from tests.contract.buffer_suite import Hands, body_of
-from tests.integration.buffer_disk import SUFFIXES, Disk, crashed
+from tests.integration.buffer_disk import SUFFIXES, Disk, crashed, memory_folder
 
 CAPS = {
     "a": StreamCaps(bytes_max=9_000, age_max_s=1e9),
@@ -53,10 +52,8 @@ class Promises(NamedTuple):
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder in memory where there is one: the cuts are simulated, and thousands of real flushes prove nothing."""
-    shm = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as name:
-        yield Path(name)
+    with memory_folder() as folder:
+        yield folder
 
 
 def buffer_at(path: Path, **options: object) -> SqliteBuffer:

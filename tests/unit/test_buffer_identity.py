@@ -1,7 +1,7 @@
 """The board's fingerprint: the same at every start, another one on another board, and no serial number in it.
 
-Mutants tried, each made a test here fail: meaningless serials taken at their word; made-up addresses counted; the source
-left out of the hash.
+Mutants tried, each made a test here fail: meaningless serials taken at their word; made-up addresses counted; the
+source left out of the hash.
 """
 
 from __future__ import annotations
@@ -73,8 +73,17 @@ def test_the_device_tree_comes_before_dmi_and_dmi_before_network_cards(boards) -
 
 @pytest.mark.parametrize(
     "nothing",
-    ["", "0000000000000000", "ffffffff-ffff-ffff-ffff-ffffffffffff", "Default string", "To be filled by O.E.M."]
-    + ["03000200-0400-0500-0006-000700080009", "0123456789", "Not Specified", "None"],
+    [
+        "",
+        "0000000000000000",
+        "ffffffff-ffff-ffff-ffff-ffffffffffff",
+        "Default string",
+        "To be filled by O.E.M.",
+        "03000200-0400-0500-0006-000700080009",
+        "0123456789",
+        "Not Specified",
+        "None",
+    ],
 )
 def test_a_serial_that_every_board_has_tells_nothing(boards, nothing: str) -> None:
     card = boards().card("eth0", "dc:a6:32:01:02:03").fingerprint
