@@ -164,7 +164,7 @@ class MosquittoSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds and access rules of mosquitto.
 
     For a reader that does not read, it holds at most about two times `inflight_bytes_max` plus `queued_bytes_max`, then
-    drops; `max_inflight_messages 0`, which is no faster here, has no bound at all.
+    drops. Both bounds are needed: one alone, or numbers of messages alone, leave it growing.
     """
 
     payload_bytes_max: int = DEFAULT_LIMITS.payload_bytes_max

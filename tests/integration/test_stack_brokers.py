@@ -272,8 +272,10 @@ def test_only_loopback_is_listened_on(servers: Servers, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["iotcore", "mosquitto"])
 def test_memory_stays_bounded_behind_a_reader_that_does_not_read(servers: Servers, kind: str) -> None:
-    """Messages are dropped, which the uplink repairs; others are served meanwhile. Mutants tried: with
-    `max_inflight_messages 0` mosquitto grew beyond 600 MiB, iotcore with segments of 100 MiB beyond 700 MiB."""
+    """Messages are dropped, which the uplink repairs; others are served meanwhile.
+
+    Mutants tried: mosquitto with `max_inflight_bytes 0`, and iotcore with segments of 100 MiB, both exceed the bound.
+    """
     broker = servers.broker(kind)
     stuck = watch(broker, "stuck", "up/#", properties=connect_properties(ReceiveMaximum=1000))
     stuck.client.loop_stop()

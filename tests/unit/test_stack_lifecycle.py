@@ -95,7 +95,7 @@ def test_a_start_that_takes_too_long_is_ended_once_and_tried_again() -> None:
 
 
 def test_so_many_failed_starts_and_a_person_has_to_look() -> None:
-    """Mutants tried: counting deaths instead of failed starts; `>` for `>=`."""
+    """Mutant tried: `>` for `>=`."""
     play = Play()
     play.feed(Start())
     for attempt in range(3):
@@ -122,6 +122,14 @@ def test_a_child_that_was_ready_is_started_again_for_ever() -> None:
     assert play.life.restarts_total == 100
 
 
+def test_dying_when_ready_is_no_failed_start() -> None:
+    """Mutant tried: every death counted as a failed start."""
+    play = Play(msgspec.structs.replace(POLICY, starts_failed_max=1))
+    play.ready()
+    play.feed(Exited(7, -9))
+    assert play.life.state is State.BACKOFF
+
+
 def test_the_pause_doubles_up_to_its_bound_and_is_forgotten_after_a_stable_time() -> None:
     play = Play()
     play.ready()
@@ -136,6 +144,21 @@ def test_the_pause_doubles_up_to_its_bound_and_is_forgotten_after_a_stable_time(
     play.now += POLICY.stable_after_s
     play.feed(Exited(7, 1))
     assert play.life.due_s == play.now + 1.0
+
+
+def test_a_start_that_took_long_is_no_stable_time() -> None:
+    """Mutant tried: the time in any state counted as stable."""
+    play = Play(msgspec.structs.replace(POLICY, stable_after_s=5.0))
+    play.feed(Start())
+    pauses = []
+    for pid in (1, 2):
+        play.feed(Spawned(pid))
+        play.now += 9.0
+        play.feed(Exited(pid, 1))
+        assert play.life.due_s is not None
+        pauses.append(play.life.due_s - play.now)
+        play.wait(pauses[-1])
+    assert pauses == [1.0, 2.0]
 
 
 @given(st.integers(1, 10_000), st.floats(0.0, 1.0, exclude_max=True))
