@@ -142,6 +142,50 @@ def test_a_full_queue_does_not_hold_up_a_stop() -> None:
     assert status.rows_read == status.rows_out + status.rows_dropped and status.rows_out == 3
 
 
+class Hesitant(RowQueue):
+    """Takes nothing, and thinks about it until it is woken."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+        self.entered, self.woken = threading.Event(), threading.Event()
+
+    def put(self, schema: pa.Schema, sample: Sample, wait_s: float, stop: threading.Event) -> bool:
+        self.entered.set()
+        return not self.woken.wait(600)
+
+    def wake(self) -> None:
+        self.woken.set()
+
+
+def test_a_stop_wakes_a_sink_that_waits() -> None:
+    queue = Hesitant()
+    runner, _ = runner_of(Counting(), Interval(rate_hz=1), queue)
+    runner.start()
+    assert queue.entered.wait(DEADLINE_S)
+    assert runner.stop(DEADLINE_S)
+    assert runner.status().rows_dropped == 1
+
+
+class StopComesFirst(threading.Event):
+    """A flag that is raised by a stop in the very moment in which the thread takes it down."""
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        super().__init__()
+        self._stop = stop
+
+    def clear(self) -> None:
+        self._stop()
+        super().clear()
+
+
+def test_a_stop_in_the_moment_of_looking_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, _ = runner_of(Counting(), Interval(rate_hz=0.001))
+    monkeypatch.setattr(runner, "_wake", StopComesFirst(runner.request_stop))
+    runner.start()
+    until(lambda: runner.ended, "the thread ends")
+    assert runner.status().state is State.CLOSED
+
+
 def test_a_driver_that_does_not_hear_a_stop_does_not_hold_up_the_agent() -> None:
     sensor = Deaf()
     runner, _ = runner_of(sensor, Stream())
