@@ -25,7 +25,7 @@ def main() -> None:
         settings = load_settings(arguments.config)
         if arguments.json_logs:
             settings = msgspec.structs.replace(settings, log=msgspec.structs.replace(settings.log, format="json"))
-        run_agent(settings)
+        sys.exit(run_agent(settings))
     except HeadwaterError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(exit_of(error))

@@ -79,6 +79,8 @@ class Stack:
         recordings = folder.path / "recordings"
         self.devices = plan.plan_devices(options, recordings)
         plan.write_recordings(self.devices, recordings)
+        self.places = tuple(self._place(device) for device in self.devices)
+        """Where the files of each device are."""
         self.notes: list[str] = []
         """What turned out otherwise than asked for."""
         self.store: StoreSettings
@@ -108,7 +110,7 @@ class Stack:
                 embedded=self.options.lake == "embedded",
             ),
             http=f"http://{HOST}:{port}",
-            devices=tuple(self._place(device) for device in self.devices),
+            devices=self.places,
             logs=str(self._folder.part("logs")),
         )
         specs.append(self._gateway(broker, table, port))

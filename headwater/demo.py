@@ -1,0 +1,203 @@
+"""`headwater demo`: the whole road on real recordings, then the books: is every reading in the lake exactly once?"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from edge_agent.buffer.port import LaneInfo
+from headwater import output, render
+from headwater.answers import questions
+from headwater.ledger import LaneKey, Ledger, Totals, lanes_of, quantile_s
+from headwater.plan import UpOptions, stream_name
+from headwater.reconcile import Balance, balance
+from headwater.render import milliseconds
+from headwater.running import introduce, sayer
+from headwater.signals import stopping
+from headwater.stack.folder import DataFolder
+from headwater.stack.supervisor import Supervisor
+from headwater.tally import arrivals, count_gaps, count_quarantined, moment, stream_names
+from headwater.up import Stack
+from headwater.values import Values, compare
+from lake.query import Lake
+from lake.store import Store
+
+
+class AckMs(msgspec.Struct, frozen=True):
+    """Time from the first sending of a batch to its acknowledgement, milliseconds: quantiles of a histogram."""
+
+    p50: float | None
+    p99: float | None
+
+
+class StreamResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One stream of one device."""
+
+    device: str
+    stream: str
+    rows_accepted: int
+    rows_in_lake: int
+    distinct: int
+    lost: int
+    duplicated: int
+    gaps: int
+    waiting: int
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A question, and what the lake says."""
+
+    question: str
+    rows: list[dict[str, Any]]
+
+
+class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The reconciliation of one run. The names are a contract."""
+
+    ok: bool
+    """Nothing lost, doubled, changed, quarantined or still waiting."""
+    rows_accepted: int
+    """Readings that the devices' buffers accepted."""
+    rows_in_lake: int
+    distinct: int
+    lost: int
+    duplicated: int
+    gaps: int
+    """Batches missing between others, as the lake's own view counts them."""
+    quarantined: int
+    waiting: int
+    """Readings that were still in buffers when the devices' time to send was over."""
+    rows_compared: int
+    rows_changed: int
+    """Readings whose bits in the lake are not those of the recording."""
+    breaks: int
+    """Places where a recording jumps in the lake although no agent was started anew."""
+    exact: bool
+    """Whether the count of accepted readings is proved complete by the buffers' numbering; false where an agent was
+    killed, whose last count nobody saw."""
+    seconds: float
+    """How long devices measured."""
+    readings_per_s: float
+    ack_ms: AckMs
+    wire_bytes_per_reading: float
+    """MQTT payloads of all streams, repeats among them, over all readings accepted."""
+    overruns: int
+    """Readings that devices were too busy to take: they never reached a buffer."""
+    agent_resident_bytes_max: int
+    restarts: dict[str, int]
+    streams: list[StreamResult]
+    answers: list[Answer]
+
+
+def run_demo(options: UpOptions, environment: Mapping[str, str], *, json: bool) -> bool:
+    """Run the demo and answer; True if all is well.
+
+    Raises:
+        HeadwaterError: the stack could not start, or a process gave up.
+    """
+    with stopping() as stop, DataFolder(options.data) as folder, Supervisor() as supervisor:
+        say = sayer(json=json)
+        stack = Stack(options, folder=folder, supervisor=supervisor, environment=environment, say=say)
+        before = lanes_of(stack.places)
+        began_us = time.time_ns() // 1000
+        record = stack.start()
+        if json:
+            output.say_json({"event": "up", "data": str(options.data), "notes": stack.notes, "stack": record})
+        else:
+            introduce(options, record, stack.notes)
+        totals, seconds = _send(stack, stop, options.seconds or 0.0, json=json)
+        say("counting")
+        run = _Run(before, lanes_of(stack.places), totals, began_us, seconds)
+        result = _reconciled(stack, run)
+        stack.stop()
+    if json:
+        output.say_json(result)
+    else:
+        render.result(result, options.data)
+    return result.ok
+
+
+class _Run(NamedTuple):
+    """What is known of a run without the lake."""
+
+    before: Mapping[LaneKey, LaneInfo]
+    after: Mapping[LaneKey, LaneInfo]
+    totals: Totals
+    began_us: int
+    seconds: float
+
+
+def _send(stack: Stack, stop: threading.Event, seconds: float, *, json: bool) -> tuple[Totals, float]:
+    """Let the devices send for a while, stop them, and count what they accepted."""
+    ledger = Ledger(stack.places)
+    ledger.start()
+    began_s = time.monotonic()
+    try:
+        with render.progress(seconds, json=json) as show:
+            stack.run(stop, seconds, lambda: show(ledger.totals()))
+        passed_s = time.monotonic() - began_s
+        ledger.look_closely()
+        stack.stop_devices()
+    finally:
+        ledger.stop()
+    return ledger.totals(), passed_s
+
+
+def _reconciled(stack: Stack, run: _Run) -> DemoResult:
+    """Hold the buffers' books against the lake."""
+    since = moment(run.began_us)
+    lake = Lake(Store(stack.store))
+    try:
+        streams = sorted({key.stream for key in run.totals.rows} & set(stream_names(lake)))
+        books = balance(run.before, run.after, run.totals.rows, run.totals.batches, arrivals(lake.sql, streams, since))
+        leftovers = {lane.device for lane, info in run.before.items() if info.batches}
+        stretches = {name: lives + (name in leftovers) for name, lives in run.totals.lives.items()}
+        values = compare(lake.sql, stack.devices, stretches, since)
+        gaps, quarantined = count_gaps(lake, since), count_quarantined(lake, since)
+        answers = [
+            Answer(question.title, lake.sql(question.sql).to_pylist())
+            for question in questions(stack.options.recordings, stream_name(Path(stack.options.recordings)))
+        ]
+    finally:
+        lake.close()
+    return _result(stack, run, books, values, answers, gaps, quarantined)
+
+
+def _result(
+    stack: Stack, run: _Run, books: Balance, values: Values, answers: list[Answer], gaps: int, quarantined: int
+) -> DemoResult:
+    accepted, totals = books.total("rows_accepted"), run.totals
+    bad = [books.total(name) for name in ("lost", "duplicated", "waiting")]
+    bad += [gaps, quarantined, values.rows_changed, values.breaks, 0 if accepted else 1]
+    return DemoResult(
+        ok=not any(bad),
+        rows_accepted=accepted,
+        rows_in_lake=books.total("rows_in_lake"),
+        distinct=books.total("distinct"),
+        lost=books.total("lost"),
+        duplicated=books.total("duplicated"),
+        gaps=gaps,
+        quarantined=quarantined,
+        waiting=books.total("waiting"),
+        rows_compared=values.rows_compared,
+        rows_changed=values.rows_changed,
+        breaks=values.breaks,
+        exact=books.exact,
+        seconds=round(run.seconds, 1),
+        readings_per_s=round(accepted / max(run.seconds, 0.1), 1),
+        ack_ms=AckMs(milliseconds(quantile_s(totals.acks, 0.5)), milliseconds(quantile_s(totals.acks, 0.99))),
+        wire_bytes_per_reading=round(totals.wire_bytes / max(accepted, 1), 2),
+        overruns=totals.lost_before_buffer,
+        agent_resident_bytes_max=totals.resident_bytes_max,
+        restarts=stack.restarts,
+        streams=[
+            StreamResult(**{name: getattr(stream, name) for name in StreamResult.__struct_fields__})
+            for stream in books.streams
+        ],
+        answers=answers,
+    )

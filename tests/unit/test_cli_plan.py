@@ -1,0 +1,165 @@
+"""The plan of a one-machine stack: names, configurations that their readers accept, and where commands find things."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import pytest
+
+from contract.errors import ConfigurationError
+from contract.names import is_name
+from edge_agent.sensors.registry import create_sensor
+from edge_agent.settings import AgentSettings
+from edge_agent.settings import parse_settings as parse_agent
+from gateway.settings import parse_settings as parse_gateway
+from headwater import place, plan, toml
+from headwater.plan import UpOptions
+
+
+def agent_settings(device: plan.DevicePlan, folder: Path) -> AgentSettings:
+    text = toml.dumps(plan.agent_config(device, "mqtt://127.0.0.1:1883"))
+    return parse_agent(tomllib.loads(text), source="agent.toml", folder=folder)
+
+
+@pytest.mark.parametrize("recordings", ["watch", "synthetic"])
+def test_every_planned_device_is_one_that_the_agent_accepts(recordings: str, tmp_path: Path) -> None:
+    options = UpOptions(data=tmp_path, devices=45, recordings=recordings, speed=20.0)
+    devices = plan.plan_devices(options, tmp_path / "recordings")
+    names = [device.name for device in devices]
+    assert len(set(names)) == 45
+    assert all(is_name(name) for name in names)
+    for device in devices:
+        settings = agent_settings(device, tmp_path)
+        assert settings.device == device.name
+        assert settings.streams.keys() == device.streams.keys()
+
+
+def test_the_first_devices_are_both_wrists_of_different_people_and_copies_have_their_own_names(
+    tmp_path: Path,
+) -> None:
+    names = [device.name for device in plan.plan_devices(UpOptions(data=tmp_path, devices=42), tmp_path)]
+    assert names[:4] == ["watch-s01-l", "watch-s01-r", "watch-s02-l", "watch-s02-r"]
+    assert names[20:22] == ["watch-s01-l-2", "watch-s01-r-2"]
+    assert names[40] == "watch-s01-l-3"
+
+
+def test_recordings_are_written_once_as_the_driver_reads_them(tmp_path: Path) -> None:
+    folder = tmp_path / "recordings"
+    devices = plan.plan_devices(UpOptions(data=tmp_path, devices=2), folder)
+    plan.write_recordings(devices, folder)
+    written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert sorted(written) == [
+        "watch-s01-l.labels.parquet",
+        "watch-s01-l.parquet",
+        "watch-s01-r.labels.parquet",
+        "watch-s01-r.parquet",
+    ]
+    plan.write_recordings(devices, folder)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == written
+    for stream in devices[0].streams.values():
+        sensor = create_sensor(stream["driver"], stream["options"])
+        sensor.open()
+        assert sensor.schema is not None
+        sensor.close()
+
+
+def test_a_gateway_accepts_its_planned_configuration(tmp_path: Path) -> None:
+    lake = {
+        "url": "s3://headwater/lake",
+        "endpoint": "http://127.0.0.1:8333",
+        "region": "us-east-1",
+        "allow_http": True,
+        "credentials_file": "credentials.toml",
+    }
+    text = toml.dumps(plan.gateway_config("mqtt://127.0.0.1:1883", lake, 8080))
+    settings = parse_gateway(tomllib.loads(text), source="gateway.toml", folder=tmp_path)
+    assert settings.http.port == 8080
+    assert settings.lake.credentials_file == str(tmp_path / "credentials.toml")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("column", ["ts", "Timestamp", "when"])
+def test_a_file_of_yours_is_replayed_by_the_column_that_tells_the_time(kind: str, column: str, tmp_path: Path) -> None:
+    path = tmp_path / f"My Pump.{kind}"
+    times = pa.array([1, 2, 3], pa.timestamp("s", tz="UTC"))
+    table = pa.table({"pressure": [1.0, 2.0, 3.0], column: times})
+    if kind == "csv":
+        pacsv.write_csv(table, path)
+    else:
+        pq.write_table(table, path)
+    options = UpOptions(data=tmp_path, devices=1, recordings=str(path))
+    (device,) = plan.plan_devices(options, tmp_path)
+    assert list(device.streams) == ["my-pump"]
+    assert device.streams["my-pump"]["options"]["time_column"] == column
+    agent_settings(device, tmp_path)
+
+
+def test_a_file_without_a_time_names_its_columns(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigurationError, match=r"among a, b.*simulate replay"):
+        plan.plan_devices(UpOptions(data=tmp_path, recordings=str(path)), tmp_path)
+    broken = tmp_path / "x.parquet"
+    broken.write_bytes(b"nothing")
+    with pytest.raises(ConfigurationError, match="neither CSV"):
+        plan.find_time_column(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "stream"),
+    [("Pump 7.csv.gz", "pump-7"), ("Übung.csv", "bung"), ("___.csv", "replay"), ("headwater.events.csv", "headwater")],
+)
+def test_streams_of_files_have_allowed_names(name: str, stream: str) -> None:
+    assert plan.stream_name(Path(name)) == stream
+
+
+def test_the_data_folder_is_the_option_or_the_variable_or_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert place.data_folder("a", {"HEADWATER_DATA": "/b"}) == tmp_path / "a"
+    assert place.data_folder(None, {"HEADWATER_DATA": "/b"}) == Path("/b")
+    assert place.data_folder(None, {}) == tmp_path / "headwater-data"
+
+
+def record(folder: Path) -> place.StackRecord:
+    return place.StackRecord(
+        pid=1,
+        broker="mqtt://127.0.0.1:2000",
+        broker_kind="iotcore",
+        lake=place.LakePlace(url="file:///x"),
+        http="http://127.0.0.1:8080",
+        devices=(),
+        logs=str(folder),
+    )
+
+
+def test_a_broker_is_the_option_or_the_variable_or_that_of_the_stack(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"holds no stack.*headwater up"):
+        place.find_broker(None, str(tmp_path), {})
+    place.record_path(tmp_path).write_bytes(msgspec.json.encode(record(tmp_path)))
+    assert place.find_broker(None, str(tmp_path), {}) == "mqtt://127.0.0.1:2000"
+    assert place.find_broker(None, None, {"HEADWATER_DATA": str(tmp_path)}) == "mqtt://127.0.0.1:2000"
+    assert place.find_broker(None, str(tmp_path), {"HEADWATER_BROKER": "mqtt://b"}) == "mqtt://b"
+    assert place.find_broker("mqtt://a", str(tmp_path), {"HEADWATER_BROKER": "mqtt://b"}) == "mqtt://a"
+
+
+def test_a_damaged_record_is_said_and_not_believed(tmp_path: Path) -> None:
+    place.record_path(tmp_path).write_text("{")
+    with pytest.raises(ConfigurationError, match=r"stack\.json cannot be read"):
+        place.find_broker(None, str(tmp_path), {})
+
+
+def test_a_lake_is_the_option_or_the_variable_or_that_of_the_stack(tmp_path: Path) -> None:
+    from headwater.lake_access import find_store
+
+    place.record_path(tmp_path).write_bytes(msgspec.json.encode(record(tmp_path)))
+    assert find_store(None, str(tmp_path), {}).settings.url == "file:///x"
+    assert find_store(None, str(tmp_path), {"HEADWATER_LAKE": "file:///y"}).settings.url == "file:///y"
+    found = find_store("s3://b/p", None, {"AWS_ENDPOINT_URL": "https://s", "AWS_ACCESS_KEY_ID": "k"}).settings
+    assert (found.url, found.endpoint, found.access_key) == ("s3://b/p", "https://s", "k")
+    with pytest.raises(ConfigurationError, match="not embedded"):
+        find_store("embedded", str(tmp_path), {})
