@@ -24,3 +24,11 @@ class ObjectMissingError(HeadwaterError):
 
 class CorruptLakeError(HeadwaterError):
     """What stands in the lake contradicts itself. Give up: a person must look at it; the message names the object."""
+
+
+class QueryError(HeadwaterError):
+    """A question cannot be answered as it was asked. Ask differently: the message says what is wrong."""
+
+
+class UnknownStreamError(QueryError):
+    """A question names a stream that the lake does not have."""

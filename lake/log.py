@@ -85,6 +85,10 @@ class TransactionLog:
         """Version of an application transaction, 0 where there is none; None where this shortcut cannot tell."""
         return self._versions.get(app_id, 0) if self._complete else None
 
+    def app_ids(self) -> list[str] | None:
+        """All application transactions; None where this shortcut cannot tell."""
+        return list(self._versions) if self._complete else None
+
     def _load(self, version: int) -> bool:
         commits: set[int] = set()
         checkpoint = -1

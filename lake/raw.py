@@ -15,7 +15,7 @@ import pyarrow as pa
 from deltalake.transaction import AddAction
 
 from contract.errors import Rejected
-from contract.names import TS
+from contract.names import TS, is_epoch
 from lake import columns
 from lake.delta import DeltaHandle, wall_clock_ms
 from lake.parquet import encode
@@ -24,7 +24,7 @@ from lake.plan import BASE_COLUMNS, COLUMNS_MAX, Columns, WireSchema, WireSchema
 from lake.schemas import SchemaObjects
 from lake.store import Store
 
-__all__ = ["AppendResult", "RawBatch", "RawTable", "lane_app_id", "shard_app_id", "table_path"]
+__all__ = ["AppendResult", "RawBatch", "RawTable", "lane_app_id", "lane_of", "shard_app_id", "table_path"]
 
 _CONFIGURATION = {
     "delta.checkpointInterval": "100",
@@ -55,6 +55,12 @@ def table_path(stream: str) -> str:
 def lane_app_id(device: str, epoch: str) -> str:
     """Application transaction that holds a watermark."""
     return f"{device}/{epoch}"
+
+
+def lane_of(app_id: str) -> tuple[str, str]:
+    """Device and epoch of a lane's application transaction; an empty epoch where it is not one."""
+    device, _, epoch = app_id.rpartition("/")
+    return device, epoch if is_epoch(epoch) else ""
 
 
 def shard_app_id(shard: int) -> str:

@@ -1,0 +1,127 @@
+"""Which tables a lake has, by the names that SQL uses for them."""
+
+from __future__ import annotations
+
+import re
+import threading
+from datetime import datetime
+from typing import NamedTuple
+
+import pyarrow as pa
+from deltalake import DeltaTable
+
+from lake.errors import ObjectMissingError, QueryError
+from lake.history import version_at
+from lake.log import TransactionLog
+from lake.quarantine import PATH as QUARANTINE_PATH
+from lake.raw import lane_of, table_path
+from lake.store import Store
+
+At = int | datetime | None
+"""Which state of a table: a version, a time, or the latest."""
+
+QUARANTINE = "quarantine"
+_PATH = re.compile(r"[a-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)+", re.ASCII)
+_OWN_FOLDERS = ("schemas", "probe")
+"""Folders of `control/` that hold no table."""
+
+
+class TableState(NamedTuple):
+    """A table as of one version."""
+
+    path: str
+    uri: str
+    version: int
+    schema: pa.Schema
+
+
+class Catalog:
+    """The tables of one lake. Safe to share between threads."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._handles: dict[str, DeltaTable] = {}
+
+    def streams(self) -> list[str]:
+        """Names of all streams, sorted.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        return self._store.folders("raw")
+
+    def control_tables(self) -> list[str]:
+        """Names of the tables under `control/`, sorted: `devices` and the like."""
+        return [name for name in self._store.folders("control") if name not in _OWN_FOLDERS]
+
+    def path_of(self, name: str) -> str | None:
+        """The table that a name in SQL means: quarantine, a control table, a stream, or the path of any table.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        if name == QUARANTINE:
+            return QUARANTINE_PATH
+        if "/" in name:
+            return name if _PATH.fullmatch(name) else None
+        if name in self.control_tables():
+            return f"control/{name}"
+        if name in self.streams():
+            return table_path(name)
+        return None
+
+    def state(self, path: str, at: At = None) -> TableState | None:
+        """A table as it is, or was.
+
+        Returns:
+            None where there is no such table (at that time).
+
+        Raises:
+            QueryError: the version is not one of the table, or the time is too long ago.
+            StoreUnavailableError: the store did not answer.
+        """
+        if isinstance(at, datetime):
+            version = version_at(self._store, path, at)
+            return None if version is None else self._at_version(path, version)
+        if at is not None:
+            latest = self.state(path)
+            if latest is not None and not 0 <= at <= latest.version:
+                raise QueryError(f"{path} has versions 0 to {latest.version}, not {at}")
+            return None if latest is None else self._at_version(path, at)
+        with self._lock:
+            handle = self._handles.pop(path, None)
+            try:
+                with self._store.translated(f"open table {path}"):
+                    if handle is None:
+                        handle = self._open(path)
+                    else:
+                        handle.update_incremental()
+            except ObjectMissingError:
+                return None
+            self._handles[path] = handle
+            return self._state_of(path, handle)
+
+    def files(self, state: TableState) -> pa.Table:
+        """The files of a table, one row each, with their statistics (see deltalake's `get_add_actions`)."""
+        with self._store.translated(f"read table {state.path}"):
+            return pa.table(self._open(state.path, state.version).get_add_actions(flatten=True))
+
+    def devices(self, state: TableState) -> int | None:
+        """How many devices ever committed to a raw table; None where its log does not say."""
+        log = TransactionLog(self._store, state.path)
+        log.advance(state.version)
+        app_ids = log.app_ids()
+        if app_ids is None:
+            return None
+        return len({device for device, epoch in map(lane_of, app_ids) if epoch})
+
+    def _open(self, path: str, version: int | None = None) -> DeltaTable:
+        return DeltaTable(self._store.table_uri(path), version=version, storage_options=self._store.storage_options)
+
+    def _at_version(self, path: str, version: int) -> TableState:
+        with self._store.translated(f"open table {path} at version {version}"):
+            return self._state_of(path, self._open(path, version))
+
+    def _state_of(self, path: str, handle: DeltaTable) -> TableState:
+        return TableState(path, self._store.table_uri(path), handle.version(), pa.schema(handle.schema().to_arrow()))

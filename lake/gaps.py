@@ -1,0 +1,70 @@
+"""What is missing, read from the rows themselves: there is no second book that could disagree.
+
+A batch has at least one row and its number is never given twice, so a number that is absent within an epoch, between
+1 and the highest, is a batch that the device gave up (evicted, or lost with its disk), unless it stands in
+quarantine. A thinned batch has fewer rows than its last original row number says.
+
+Both are aggregates over `_device, _epoch, _seq, _row`, which are small in Parquet, and one window over the batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+from lake.duck import literal
+from lake.views import empty_query, scan, union
+
+NAME = "gaps"
+SCHEMA = pa.schema(
+    [
+        ("stream", pa.string()),
+        ("device", pa.string()),
+        ("epoch", pa.string()),
+        ("kind", pa.string()),
+        ("first_seq", pa.int64()),
+        ("last_seq", pa.int64()),
+        ("batches", pa.int64()),
+        ("rows", pa.int64()),
+    ]
+)
+"""`kind` is `missing` (the batches `first_seq` to `last_seq` are not there, their `rows` are unknown) or `thinned` (of
+one batch `rows` are not there)."""
+
+
+def gaps_query(streams: Mapping[str, tuple[str, int]], quarantine: tuple[str, int] | None) -> str:
+    """The SELECT behind the view `gaps`.
+
+    Args:
+        streams: where each stream's table is, and its version.
+        quarantine: the same of the quarantine table; None where there is none.
+    """
+    if not streams:
+        return empty_query(SCHEMA)
+    return union(_of_stream(name, uri, version, quarantine) for name, (uri, version) in sorted(streams.items()))
+
+
+def _of_stream(name: str, uri: str, version: int, quarantine: tuple[str, int] | None) -> str:
+    set_aside = ""
+    if quarantine is not None:
+        set_aside = f"""
+            UNION
+            SELECT device, epoch, seq FROM {scan(*quarantine)}
+            WHERE stream = {literal(name)} AND epoch IS NOT NULL AND seq IS NOT NULL"""
+    return f"""
+    SELECT * FROM (
+        WITH batches AS (
+            SELECT _device AS device, _epoch AS epoch, _seq AS seq, count(*) AS held, max(_row)::BIGINT + 1 AS made
+            FROM {scan(uri, version)} GROUP BY ALL
+        ), present AS (
+            SELECT device, epoch, seq FROM batches{set_aside}
+        ), ordered AS (
+            SELECT *, lag(seq, 1, 0) OVER (PARTITION BY device, epoch ORDER BY seq) AS before FROM present
+        )
+        SELECT {literal(name)} AS stream, device, epoch, 'missing' AS kind,
+            before + 1 AS first_seq, seq - 1 AS last_seq, seq - 1 - before AS batches, NULL::BIGINT AS rows
+        FROM ordered WHERE seq > before + 1
+        UNION ALL
+        SELECT {literal(name)}, device, epoch, 'thinned', seq, seq, 1, made - held FROM batches WHERE made > held
+    )"""

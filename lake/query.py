@@ -1,0 +1,248 @@
+"""SQL over a lake: every stream a view, plus `gaps`, `quarantine` and the control tables, now or as they were.
+
+Names, in this order: `gaps`, `quarantine`, tables of `control/` (such as `devices`), streams; and every table by its
+path, such as "raw/vibration". A name with a dot or a dash needs double quotes.
+
+Time travel: a time applies to every table of the query, each as of its last commit until then; a table that was made
+later is empty. A version number is one of one table, so such a query may read one table only.
+
+A question is one SELECT (or DESCRIBE, SUMMARIZE, SHOW TABLES, EXPLAIN): nothing that is asked can change the lake,
+or read anything but the lake.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lake import columns
+from lake.catalog import QUARANTINE, At, Catalog, TableState
+from lake.duck import QuerySettings, connect, identifier
+from lake.errors import QueryError, StoreUnavailableError, UnknownStreamError
+from lake.gaps import NAME as GAPS
+from lake.gaps import gaps_query
+from lake.quarantine import PATH as QUARANTINE_PATH
+from lake.quarantine import SCHEMA as QUARANTINE_SCHEMA
+from lake.question import one_line, read_question
+from lake.raw import table_path
+from lake.store import Store
+from lake.views import empty_query, scan, view_query
+
+BATCH_ROWS = 10_000
+_LISTED_MAX = 20
+_MISSING = re.compile(r"(?:Table|View) with name (.+?) does not exist")
+STREAMS_SCHEMA = pa.schema(
+    [
+        ("stream", pa.string()),
+        ("rows", pa.int64()),
+        ("devices", pa.int64()),
+        ("first_ts", pa.timestamp("us", "UTC")),
+        ("last_ts", pa.timestamp("us", "UTC")),
+        ("files", pa.int64()),
+        ("bytes", pa.int64()),
+        ("version", pa.int64()),
+    ]
+)
+
+
+class Lake:
+    """A lake to ask questions of. Safe to share between threads; each question sees one state of each table."""
+
+    def __init__(self, store: Store, settings: QuerySettings | None = None) -> None:
+        """Open DuckDB; the lake itself is read when it is asked.
+
+        Raises:
+            ConfigurationError: DuckDB or its extensions cannot be loaded.
+        """
+        self._store = store
+        self._catalog = Catalog(store)
+        self._connection = connect(store, settings or QuerySettings())
+
+    def close(self) -> None:
+        """Free the memory. Readers that are still open fail."""
+        self._connection.close()
+
+    def sql(self, query: str, at: At = None) -> pa.Table:
+        """Answer a question.
+
+        Args:
+            query: one SELECT.
+            at: the lake as it was (see the module's text); None: as it is.
+
+        Raises:
+            QueryError: it cannot be answered as it was asked; one sentence says why.
+            UnknownStreamError: it names a table that is not there.
+            StoreUnavailableError: the store did not answer.
+        """
+        with self._answering(query, at) as cursor, self._translated(query):
+            return cursor.execute(query).to_arrow_table()
+
+    def read(self, query: str, at: At = None) -> Iterator[pa.RecordBatch]:
+        """Answer a question piece by piece, for answers that do not fit the memory. At least one batch comes, for the
+        schema's sake.
+
+        Raises:
+            QueryError, UnknownStreamError, StoreUnavailableError: as `sql`, at the first batch or at a later one.
+        """
+        with self._answering(query, at) as cursor, self._translated(query):
+            reader = cursor.execute(query).to_arrow_reader(BATCH_ROWS)
+            empty = True
+            for batch in reader:
+                empty = False
+                yield batch
+            if empty:
+                yield pa.RecordBatch.from_pylist([], schema=reader.schema)
+
+    def head(self, stream: str, rows: int = 10, at: At = None) -> pa.Table:
+        """The latest rows of a stream, latest first.
+
+        Raises:
+            UnknownStreamError: there is no such stream.
+            QueryError: it had no such version, or `rows` is not positive.
+            StoreUnavailableError: the store did not answer.
+        """
+        if rows < 1:
+            raise QueryError(f"cannot show {rows} rows; ask for 1 or more")
+        if stream not in self._catalog.streams():
+            raise self._unknown(stream)
+        path = table_path(stream)
+        since = "" if at is not None else self._since(path, rows)
+        return self.sql(
+            f"SELECT * FROM {identifier(path)}{since} ORDER BY ts DESC, _seq DESC, _row DESC LIMIT {rows}", at
+        )
+
+    def streams(self) -> pa.Table:
+        """One row per stream: rows, devices, first and last `ts` (to the millisecond), files, bytes, version.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        found = []
+        for name in self._catalog.streams():
+            state = self._catalog.state(table_path(name))
+            if state is not None:
+                found.append(self._describe(name, state))
+        return pa.Table.from_pylist(found, schema=STREAMS_SCHEMA)
+
+    def _describe(self, name: str, state: TableState) -> dict[str, Any]:
+        files = self._catalog.files(state)
+        row: dict[str, Any] = {"stream": name, "version": state.version, "files": files.num_rows}
+        row["rows"] = pc.sum(files.column("num_records")).as_py() or 0
+        row["bytes"] = pc.sum(files.column("size_bytes")).as_py() or 0
+        row |= self._span(state, files)
+        return row
+
+    def _span(self, state: TableState, files: pa.Table) -> dict[str, Any]:
+        """Number of devices, first and last `ts`; from the log where it says so, else from the rows."""
+        low, high = (files.column(f"{end}.ts") if f"{end}.ts" in files.column_names else None for end in ("min", "max"))
+        devices = self._catalog.devices(state)
+        if devices is not None and low is not None and high is not None and not low.null_count:
+            return {"devices": devices, "first_ts": pc.min(low).as_py(), "last_ts": pc.max(high).as_py()}
+        question = f"SELECT count(DISTINCT {columns.DEVICE}), min(ts), max(ts) FROM {scan(state.uri, state.version)}"
+        with self._connection.cursor() as cursor, self._translated(question):
+            answer = cursor.execute(question).to_arrow_table()
+        return dict(zip(("devices", "first_ts", "last_ts"), (column[0] for column in answer.columns), strict=True))
+
+    def _since(self, path: str, rows: int) -> str:
+        """The dates that surely hold the latest rows, so that not the whole table is sorted."""
+        state = self._catalog.state(path)
+        if state is None:
+            return ""
+        files = self._catalog.files(state)
+        if not files.num_rows:
+            return ""
+        dates = (
+            files.group_by("partition.date")
+            .aggregate([("num_records", "sum")])
+            .sort_by([("partition.date", "descending")])
+        )
+        held = 0
+        for date, count in zip(dates.column(0).to_pylist(), dates.column(1).to_pylist(), strict=True):
+            held += count
+            if held >= rows:
+                return f" WHERE {columns.DATE} >= DATE '{date}'"
+        return ""
+
+    @contextmanager
+    def _answering(self, query: str, at: At) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A cursor that has a view for every table the query names, all of one moment."""
+        if isinstance(at, datetime) and at.tzinfo is None:
+            at = at.replace(tzinfo=UTC)
+        with self._connection.cursor() as cursor:
+            question = read_question(cursor, query)
+            names = set(question.tables)
+            if question.all_tables:
+                names |= {GAPS, QUARANTINE, *self._catalog.control_tables(), *self._catalog.streams()}
+            for name in question.qualified & set(self._catalog.streams() if question.qualified else ()):
+                raise UnknownStreamError(f'the name of stream {name} has a dot in it: write "{name}" in double quotes')
+            if isinstance(at, int) and (len(names) > 1 or GAPS in names):
+                raise QueryError(
+                    f"version {at} is one of one table, and the query reads {_listed(sorted(names))}; "
+                    "give a time instead"
+                )
+            for name in names:
+                text = self._gaps(at) if name == GAPS else self._view(name, at)
+                if text is not None:
+                    with self._translated(name):
+                        cursor.execute(f"CREATE TEMP VIEW {identifier(name)} AS {text}")
+            yield cursor
+
+    def _view(self, name: str, at: At) -> str | None:
+        """None where the lake has nothing of that name: it may be something that the query itself defines."""
+        path = self._catalog.path_of(name)
+        if path is None:
+            return None
+        state = self._catalog.state(path, at)
+        if path == QUARANTINE_PATH:
+            if state is None:
+                return empty_query(QUARANTINE_SCHEMA)
+            # A repeat is harmless: one record of each key.
+            once = "QUALIFY row_number() OVER (PARTITION BY key ORDER BY received_at) = 1"
+            return f"{view_query(state.uri, state.version, state.schema)} {once}"
+        if state is not None:
+            return view_query(state.uri, state.version, state.schema)
+        if at is None:
+            return None
+        latest = self._catalog.state(path)
+        return None if latest is None else view_query(latest.uri, 0, latest.schema) + " WHERE false"
+
+    def _gaps(self, at: At) -> str:
+        streams = {}
+        for name in self._catalog.streams():
+            state = self._catalog.state(table_path(name), at)
+            if state is not None:
+                streams[name] = (state.uri, state.version)
+        quarantine = self._catalog.state(QUARANTINE_PATH, at)
+        return gaps_query(streams, None if quarantine is None else (quarantine.uri, quarantine.version))
+
+    def _unknown(self, name: str) -> UnknownStreamError:
+        known = self._catalog.streams()
+        what = f"it has {_listed(known)}" if known else "it has none yet"
+        return UnknownStreamError(f"there is no stream or table {name!r} in {self._store.url}; {what}")
+
+    @contextmanager
+    def _translated(self, what: str) -> Iterator[None]:
+        """Turn what DuckDB raises into one clear sentence."""
+        try:
+            yield
+        except duckdb.CatalogException as error:
+            missing = _MISSING.search(str(error))
+            if missing is not None:
+                raise self._unknown(missing[1].strip('"')) from error
+            raise QueryError(one_line(str(error))) from error
+        except (duckdb.HTTPException, duckdb.IOException) as error:
+            raise StoreUnavailableError(f"cannot read {self._store.url} ({one_line(str(error))[:300]})") from error
+        except (duckdb.Error, pa.ArrowException) as error:
+            raise QueryError(one_line(str(error))[:1000]) from error
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:_LISTED_MAX])
+    return shown if len(names) <= _LISTED_MAX else f"{shown} and {len(names) - _LISTED_MAX} more"

@@ -1,0 +1,84 @@
+"""What a query asks for, found by DuckDB's own parser: which tables it names, and that it is one SELECT and nothing
+else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import duckdb
+import msgspec
+
+from lake.errors import QueryError
+
+_EXPLAIN = re.compile(r"(?:\s|--[^\n]*\n|/\*.*?\*/)*explain\s+(?:analyze\s+)?", re.IGNORECASE | re.DOTALL)
+_LISTING = ("duckdb_", "pragma_", "query")
+"""Functions that look at tables by themselves, or at the catalog."""
+
+
+class Question(NamedTuple):
+    """The tables that a query names."""
+
+    tables: frozenset[str]
+    """Names without a schema, as written."""
+    qualified: frozenset[str]
+    """Names with a schema: `headwater.events` without quotes is one."""
+    all_tables: bool
+    """Whether it asks which tables there are."""
+
+
+def read_question(cursor: duckdb.DuckDBPyConnection, query: str) -> Question:
+    """Parse a query without looking at any table.
+
+    Raises:
+        QueryError: it is not one SELECT, or not SQL.
+    """
+    explained = _EXPLAIN.match(query)
+    body = query[explained.end() :] if explained else query
+    answer = cursor.execute("SELECT json_serialize_sql(?)", [body]).fetchone()
+    parsed: dict[str, Any] = msgspec.json.decode(answer[0]) if answer else {"error": True}
+    if parsed["error"]:
+        raise QueryError(_reason(parsed.get("error_message", ""), query))
+    if len(parsed["statements"]) != 1:
+        raise QueryError(f"{len(parsed['statements'])} statements were given; ask one question at a time")
+    tables, qualified = set(), set()
+    all_tables = False
+    for node in _nodes(parsed["statements"]):
+        kind = node.get("type")
+        if kind == "BASE_TABLE" and node["schema_name"]:
+            qualified.add(f"{node['schema_name']}.{node['table_name']}")
+            all_tables |= node["schema_name"].lower() in ("information_schema", "pg_catalog")
+        elif kind == "BASE_TABLE":
+            tables.add(node["table_name"])
+        elif kind == "SHOW_REF":
+            all_tables |= bool(node["table_name"])
+        elif kind == "TABLE_FUNCTION":
+            all_tables |= node["function"].get("function_name", "").startswith(_LISTING)
+    return Question(frozenset(tables), frozenset(qualified), all_tables)
+
+
+def _nodes(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object of a parse tree. By a list and not by recursion: how deep it goes is the asker's choice."""
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict):
+            yield found
+            waiting.extend(found.values())
+        elif isinstance(found, list):
+            waiting.extend(found)
+
+
+def _reason(message: str, query: str) -> str:
+    if message.startswith(("Only SELECT", "A CTE needs")):
+        if re.match(r"\s*(?:from\s.*)?pivot\b", query, re.IGNORECASE | re.DOTALL):
+            return "PIVOT needs the values of its columns: PIVOT … ON column IN (…)"
+        return "only SELECT is answered here: the lake is written by gateways alone"
+    return one_line(message) or "the query cannot be read"
+
+
+def one_line(message: str) -> str:
+    """DuckDB's message without its drawing of the query, and without the kind of error in front."""
+    text = message.partition("\n\nLINE ")[0]
+    return " ".join(re.sub(r"^[A-Z][A-Za-z ]* Error: ", "", text).split())
