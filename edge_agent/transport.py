@@ -160,9 +160,9 @@ class PahoConnection:
         inbox: SignalBox,
     ) -> None:
         self._settings, self._address, self._device, self._secret = settings, address, device, secret
-        # Its own status last: what is retained there tells whether another client has used this name meanwhile. Most
-        # brokers do not say so when they end a connection for it.
-        self._will, self._topics, self._inbox = will, [*topics, will.topic], inbox
+        # Its own status too: what is retained there tells whether another client has used this name meanwhile. Most
+        # brokers do not say so when they end a connection for it. Not last: it has to be here before `Ready`.
+        self._will, self._topics, self._inbox = will, [topics[0], will.topic, *topics[1:]], inbox
         self._v5 = settings.mqtt5
         self._client = self._make_client()
         self._pending = 0
