@@ -153,12 +153,13 @@ def _reconciled(stack: Stack, run: _Run) -> DemoResult:
     since = moment(run.began_us)
     lake = Lake(Store(stack.store))
     try:
-        streams = sorted({key.stream for key in run.totals.rows} & set(stream_names(lake)))
+        streams = sorted({key.stream for key in run.totals.rows} & set(stream_names(lake.streams())))
         books = balance(run.before, run.after, run.totals.rows, run.totals.batches, arrivals(lake.sql, streams, since))
         leftovers = {lane.device for lane, info in run.before.items() if info.batches}
         stretches = {name: lives + (name in leftovers) for name, lives in run.totals.lives.items()}
         values = compare(lake.sql, stack.devices, stretches, since)
-        gaps, quarantined = count_gaps(lake, since), count_quarantined(lake, since)
+        gaps = count_gaps(lake.sql, run.before, {place.name for place in stack.places})
+        quarantined = count_quarantined(lake.sql, since)
         answers = [
             Answer(question.title, lake.sql(question.sql).to_pylist())
             for question in questions(stack.options.recordings, stream_name(Path(stack.options.recordings)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 from contract.errors import ConfigurationError, HeadwaterError, Rejected, TemporaryError
+from lake.errors import QueryError
 
 
 class Exit(IntEnum):
@@ -24,7 +25,7 @@ class Exit(IntEnum):
 
 def exit_of(error: HeadwaterError) -> Exit:
     """The exit status of an error."""
-    if isinstance(error, ConfigurationError | Rejected):
+    if isinstance(error, ConfigurationError | Rejected | QueryError):
         return Exit.USAGE
     if isinstance(error, TemporaryError):
         return Exit.UNAVAILABLE

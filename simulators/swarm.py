@@ -68,6 +68,7 @@ class SwarmSettings(msgspec.Struct, frozen=True, kw_only=True):
     """With mqtts: who signed the broker's certificate; None trusts the system's list."""
     connect_timeout_s: float = 10.0
     drain_timeout_s: float = 30.0
+    """How long to wait for the last acknowledgements."""
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -208,12 +209,13 @@ class _Device:
         backoff = Backoff(0.5, 10.0, self._swarm.rng)
         while True:
             await self._lost.wait()
-            await asyncio.sleep(backoff.next_delay_s())
-            try:
-                await self.connect()
-                backoff.reset()
-            except ConnectionFailed as error:
-                _log.info("swarm_reconnect_failed", device=self.name, error=str(error))
+            while self.connection is None:
+                await asyncio.sleep(backoff.next_delay_s())
+                try:
+                    await self.connect()
+                except ConnectionFailed as error:
+                    _log.info("swarm_reconnect_failed", device=self.name, error=str(error))
+            backoff.reset()
 
     async def connect(self) -> None:
         """One attempt.

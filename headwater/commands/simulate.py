@@ -97,6 +97,9 @@ def swarm(
     pooled: Annotated[
         bool, typer.Option("--pooled", help="Send few ready batches again and again, times and all: less CPU.")
     ] = False,
+    patience: Annotated[
+        float, typer.Option("--patience", metavar="S", help="How long to wait for the last acknowledgements.")
+    ] = 30.0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the values, and of every jitter.")] = 1,
     json: Json = False,
     verbose: Verbose = False,
@@ -104,7 +107,7 @@ def swarm(
     """Load broker and gateway like a fleet: light devices with a connection each, all keeping the protocol.
 
     They keep their batches in memory: kill one, and what was not acknowledged is lost. Exit status 3 if readings were
-    not acknowledged within half a minute of the end.
+    not acknowledged within --patience of the end.
     """
     logs.configure(verbose=verbose)
     with extras.imports("simulators", "headwater simulate swarm"):
@@ -121,6 +124,7 @@ def swarm(
         stream=stream,
         prefix=prefix,
         pooled=pooled,
+        drain_timeout_s=patience,
         seed=seed,
     )
 
