@@ -12,10 +12,8 @@ import pytest
 
 from contract import topics
 from contract.messages import Presence, decode
-from edge_agent.buffer.sqlite import SqliteBuffer
-from edge_agent.clock import DeviceClock
-from edge_agent.identity import hardware_fingerprint
-from edge_agent.status import fetch, fetch_metrics
+from edge_agent.offline import BufferUnreadableError, fetch_buffer
+from edge_agent.status import AgentNotRunningError, fetch, fetch_metrics
 from tests.integration.agent_bench import AgentProcess, FakeGateway, agents
 from tests.integration.servers import PATIENCE_S, BrokerServer, MqttClient, Servers, wait_until
 
@@ -476,15 +474,23 @@ def test_a_wrong_configuration_ends_the_start_with_the_remedy(
     assert says in agent.tail()
 
 
-def test_readings_of_a_killed_agent_can_be_looked_at_without_it(agent_of: Agents, mosquitto: BrokerServer) -> None:
-    """The file alone is enough, also after a SIGKILL, and another program's reader leaves it as it is."""
-    agent = agent_of(mosquitto.url, "dead")
+def test_what_waits_in_a_killed_agent_can_be_looked_at_without_it(agent_of: Agents, mosquitto: BrokerServer) -> None:
+    agent = agent_of(mosquitto.url, "p-dead")
     agent.start()
     agent.wait_status(lambda status: status["buffer"]["rows"] >= 20, "rows")
+    asked = {lane["epoch"]: lane for lane in fetch_buffer(agent.socket, agent.buffer)}
     agent.kill()
-    clock = DeviceClock("ab" * 16, lambda: True)
-    buffer = SqliteBuffer(agent.buffer, {}, 1 << 30, clock.read, hardware_fingerprint())
-    try:
-        assert sum(lane.rows for lane in buffer.lanes() if lane.stream == "numbers") >= 20
-    finally:
-        buffer.close()
+    with pytest.raises(AgentNotRunningError):
+        fetch_buffer(agent.socket)
+    files = {path.name: path.read_bytes() for path in agent.folder.glob("buffer.db*") if path.name != "buffer.db-shm"}
+    found = {lane["epoch"]: lane for lane in fetch_buffer(agent.socket, agent.buffer)}
+    assert found.keys() >= asked.keys()
+    numbers = next(lane for lane in found.values() if lane["stream"] == "numbers")
+    assert numbers["rows"] >= 20
+    assert numbers["last_seq"] - numbers["first_seq"] + 1 == numbers["batches"]
+    assert {name: (agent.folder / name).read_bytes() for name in files} == files
+    with pytest.raises(BufferUnreadableError, match="cannot be read"):
+        fetch_buffer(agent.socket, agent.folder / "nothing.db")
+    agent.start()
+    status = agent.wait_status(lambda status: status["buffer"]["rows"] >= numbers["rows"], "the agent goes on with it")
+    assert status["buffer"]["opened"] == "resumed"
