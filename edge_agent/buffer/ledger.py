@@ -319,7 +319,8 @@ class Ledger:
             (thinned.rows, checksum(thinned.body), thinned.body, key),
         )
         level = self._query("SELECT level FROM batches WHERE key = ?", (key,))[0][0]
-        lane.thin_from[level] = min(lane.thin_from.get(level, batch.seq), batch.seq)
+        # Unknown means from the beginning: after a restart there may be older ones of this level.
+        lane.thin_from[level] = min(lane.thin_from.get(level, 0), batch.seq)
         self._count(lane, 0, thinned.rows - batch.rows, len(thinned.body) - batch.body_bytes)
 
     def drop(self, batch: Stored) -> None:

@@ -176,7 +176,7 @@ class MemoryBuffer:
     def maintain(self) -> None:
         """See `BatchBuffer.maintain`."""
         with self._lock:
-            streams = list(self._shelf.held_bytes())
+            streams = sorted(self._shelf.held_bytes())
             self._rules.expire(self._shelf, streams, self._now(), self._opened_at, self._evictions)
             self._forget_drained()
 

@@ -193,7 +193,7 @@ class SqliteBuffer:
 
         def work(ledger: Ledger) -> EvictionLog:
             log = EvictionLog()
-            self._rules.expire(ledger, list(ledger.held_bytes()), now, self._opened_at, log)
+            self._rules.expire(ledger, sorted(ledger.held_bytes()), now, self._opened_at, log)
             self._delete_due(ledger, now)
             return log
 
