@@ -6,19 +6,24 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import msgspec
 import structlog
 
 from contract.errors import ConfigurationError
 from gateway.ports import QuarantineTable, StreamTable
+from gateway.registry import PATH as DEVICES_PATH
+from gateway.registry import SCHEMA as DEVICES_SCHEMA
 from gateway.settings import LakeSettings, convert, read_toml
 from lake.quarantine import QuarantineTable as LakeQuarantine
 from lake.raw import RawTable
 from lake.store import Store, StoreSettings
+from lake.tables import ControlTable
 
 _log = structlog.get_logger()
 
+Handle = TypeVar("Handle")
 LOOK_INTERVAL_S = 1.0
 """The credentials file is looked at this often, and only when the lake is used."""
 
@@ -110,6 +115,10 @@ class LakeAccess:
         """A handle of the quarantine table; touches nothing yet."""
         return LakeQuarantine(self.store)
 
+    def open_devices(self) -> ControlTable:
+        """A handle of `control/devices`; touches nothing yet."""
+        return ControlTable(self.store, DEVICES_PATH, DEVICES_SCHEMA)
+
     def _renew(self) -> None:
         stamp = self._look()
         if stamp == self._stamp or self._file is None:
@@ -135,6 +144,26 @@ class LakeAccess:
         except OSError:
             return None
         return found.st_mtime_ns, found.st_ino, found.st_size
+
+
+class Kept(Generic[Handle]):
+    """One handle, opened anew when credentials change. For one thread.
+
+    Args:
+        access: the way to the lake.
+        opened: opens it.
+    """
+
+    def __init__(self, access: LakeAccess, opened: Callable[[], Handle]) -> None:
+        self._access, self._opened = access, opened
+        self._found: tuple[int, Handle] | None = None
+
+    def __call__(self) -> Handle:
+        """The handle."""
+        generation = self._access.generation
+        if self._found is None or self._found[0] != generation:
+            self._found = generation, self._opened()
+        return self._found[1]
 
 
 def _secrets(settings: StoreSettings) -> tuple[str | None, str | None, str | None]:

@@ -86,6 +86,7 @@ class Link:
         self._stopping = threading.Event()
         self._down_since_s = time.monotonic()
         self._trouble = "not connected yet"
+        self._was_ready = False
         self.thread = WatchedThread(f"mqtt-{role}", self._run)
 
     @property
@@ -93,6 +94,11 @@ class Link:
         """Whether messages arrive and leave now."""
         attempt = self._attempt
         return attempt is not None and attempt.ready
+
+    @property
+    def was_connected(self) -> bool:
+        """Whether there ever was a connection."""
+        return self._was_ready
 
     @property
     def trouble(self) -> str:
@@ -171,6 +177,7 @@ class Link:
 
     def is_ready(self) -> None:
         """For the connection: everything is subscribed."""
+        self._was_ready = True
         _log.info("broker_connected", role=self.role, broker=str(self._address), client_id=self._client_id)
         self._on_ready()
 

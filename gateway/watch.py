@@ -53,6 +53,11 @@ class WatchedThread:
         """Whether it runs."""
         return self._thread.is_alive()
 
+    @property
+    def ended(self) -> bool:
+        """Whether it ran, and does not any more."""
+        return self._thread.ident is not None and not self._thread.is_alive()
+
     def join(self, timeout_s: float) -> bool:
         """Wait for its end; False when it still runs."""
         if self._thread.ident is not None:
