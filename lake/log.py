@@ -114,13 +114,11 @@ class TransactionLog:
 
     def _read_checkpoint(self, number: int) -> None:
         data = self._store.get(f"{self._log}/{number:020d}.checkpoint.parquet")
-        table = pq.read_table(pa.BufferReader(data), columns=["txn.appId", "txn.version"])
+        # The whole column: asked for "txn.appId", pyarrow 26 gives columns without their parent.
+        table = pq.read_table(pa.BufferReader(data), columns=["txn"])
         if table.num_columns:
-            txn = table.column("txn").combine_chunks()
-            app_ids, versions = txn.field("appId").to_pylist(), txn.field("version").to_pylist()
-            self._versions.update(
-                (name, found) for name, found in zip(app_ids, versions, strict=True) if name is not None
-            )
+            for txn in table.column("txn").drop_null().to_pylist():
+                self._versions[txn["appId"]] = txn["version"]
 
     def _read_commit(self, number: int) -> None:
         self._versions.update(_transactions(self._store.get(f"{self._log}/{number:020d}.json").splitlines()))
