@@ -69,7 +69,7 @@ class TransactionLog:
                     self._read_commit(number)
             else:
                 self._complete = self._load(version)
-        except (ObjectMissingError, pa.ArrowException, msgspec.MsgspecError):
+        except (ObjectMissingError, pa.ArrowException, msgspec.MsgspecError, KeyError):
             self._complete = False  # an unusual log: delta-rs is asked instead
         if len(self._versions) > self._kept_max:
             self._complete = False
@@ -115,10 +115,11 @@ class TransactionLog:
     def _read_checkpoint(self, number: int) -> None:
         data = self._store.get(f"{self._log}/{number:020d}.checkpoint.parquet")
         # The whole column: asked for "txn.appId", pyarrow 26 gives columns without their parent.
-        table = pq.read_table(pa.BufferReader(data), columns=["txn"])
-        if table.num_columns:
-            for txn in table.column("txn").drop_null().to_pylist():
-                self._versions[txn["appId"]] = txn["version"]
+        # Not pq.read_table: it gives nested columns other names and no nulls.
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            transactions = file.read(columns=["txn"]).column("txn").combine_chunks().drop_null()
+        names, versions = transactions.field("appId").to_pylist(), transactions.field("version").to_pylist()
+        self._versions.update(zip(names, versions, strict=True))
 
     def _read_commit(self, number: int) -> None:
         self._versions.update(_transactions(self._store.get(f"{self._log}/{number:020d}.json").splitlines()))
