@@ -10,8 +10,11 @@ from gateway.app import run_gateway
 from gateway.settings import load_settings
 
 
-def run_gateway_process(config: Path, *, json_logs: bool) -> None:
+def run_gateway_process(config: Path, *, json_logs: bool) -> int:
     """Run a gateway to its end.
+
+    Returns:
+        The exit status: 0 after a stop that was asked for, 1 when a part died.
 
     Raises:
         HeadwaterError: as `run_gateway`.
@@ -19,4 +22,4 @@ def run_gateway_process(config: Path, *, json_logs: bool) -> None:
     settings = load_settings(config)
     if json_logs:
         settings = msgspec.structs.replace(settings, log=msgspec.structs.replace(settings.log, format="json"))
-    run_gateway(settings)
+    return run_gateway(settings)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from headwater.stack.objectstore import StoreAccess
 
 EMBEDDED = "embedded"
+STOP_TIMEOUT_S = 2.0
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -76,7 +77,10 @@ def _started(path: Path, stack: ExitStack) -> StoreSettings | None:
     supervisor = stack.enter_context(Supervisor())
     ports = PortBook(folder.ports).claim(Seaweed.PORTS)
     seaweed = Seaweed(folder.part("store"), log=folder.log("store"), ports=ports)
-    supervisor.start([seaweed.spec()], timeout_s=60.0)
+    spec = seaweed.spec()
+    # Sometimes it does not end when it is asked to soon after its start. It was only read from: SIGKILL costs nothing.
+    hasty = msgspec.structs.replace(spec.policy, stop_timeout_s=STOP_TIMEOUT_S)
+    supervisor.start([msgspec.structs.replace(spec, policy=hasty)], timeout_s=60.0)
     return store_settings(seaweed.access)
 
 

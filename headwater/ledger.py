@@ -16,11 +16,9 @@ from typing import NamedTuple
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
-from contract.batches import Clock
 from contract.errors import TemporaryError
 from edge_agent.buffer.port import LaneInfo
-from edge_agent.buffer.sqlite import SqliteBuffer
-from edge_agent.identity import hardware_fingerprint
+from edge_agent.offline import read_buffer
 from edge_agent.status import fetch_metrics, fetch_status
 from headwater.place import DevicePlace
 
@@ -185,21 +183,13 @@ def lanes_of(devices: Iterable[DevicePlace]) -> dict[LaneKey, LaneInfo]:
     """What stands in the buffers of devices that do not run; a device without a buffer has nothing.
 
     Raises:
-        ConfigurationError: a device runs.
-        BufferUnavailableError: its disk refuses.
+        BufferUnreadableError: a file is damaged, or not ours to read.
     """
-    clock = Clock(synced=False, wall_us=0, monotonic_us=0, boot="0" * 32)
     found: dict[LaneKey, LaneInfo] = {}
     for device in devices:
         path = Path(device.buffer)
-        if not path.exists():
-            continue
-        buffer = SqliteBuffer(path, {}, 2**40, lambda: clock, hardware_fingerprint())
-        try:
-            for lane in buffer.lanes():
-                found[LaneKey(device.name, lane.stream, lane.epoch)] = lane
-        finally:
-            buffer.close()
+        if path.exists():
+            found |= {LaneKey(device.name, lane.stream, lane.epoch): lane for lane in read_buffer(path)}
     return found
 
 

@@ -39,8 +39,17 @@ def complain(text: str) -> None:
     sys.stderr.flush()
 
 
-def say_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "") -> None:
-    """Answer with a table for a person: as wide as the terminal, or as needed where there is none."""
+def say_table(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "", separators: bool = True
+) -> None:
+    """Answer with a table for a person: as wide as the terminal, or as needed where there is none.
+
+    Args:
+        columns: their names.
+        rows: one value per column.
+        title: above it.
+        separators: whether long numbers are grouped; not where they may be years or keys.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -51,7 +60,7 @@ def say_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: s
         numeric = bool(rows) and all(isinstance(row[number], int | float | Decimal | None) for row in rows)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(shown(cell) for cell in row))
+        table.add_row(*((shown(cell) if separators else _plain(cell)) for cell in row))
     console = Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty(), markup=False, highlight=False)
     if not sys.stdout.isatty():
         console.width = max(80, 40 * len(columns))
@@ -97,6 +106,12 @@ def shown(value: Any) -> str:
         case dict():
             return json_line(value)
     return str(value)
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json_line(value)
 
 
 def _as_json(value: Any) -> Any:

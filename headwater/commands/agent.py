@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -48,36 +48,49 @@ def status(
     with extras.imports("edge", "headwater agent status"):
         from edge_agent.status import fetch_status
 
-    _ask(fetch_status, _sockets(socket, config, data, device), _show_status, json=json)
+    _ask(lambda agent: fetch_status(agent.socket), _agents(socket, config, data, device), _show_status, json=json)
 
 
 @app.command()
 def buffer(
     socket: Socket = None, config: MaybeConfig = None, data: Data = None, device: Device = None, json: Json = False
 ) -> None:
-    """What waits in the agent's buffer, per stream and epoch.
+    """What waits in the agent's buffer, per stream and epoch; read from its file where the agent does not run.
 
     Which agent: --socket, else --config, else the stack in the data folder, else /etc/headwater/agent.toml.
     """
     with extras.imports("edge", "headwater agent buffer"):
-        from edge_agent.status import fetch_buffer
+        from edge_agent.offline import fetch_buffer
 
-    _ask(fetch_buffer, _sockets(socket, config, data, device), _show_buffer, json=json)
+    def fetch(agent: _Agent) -> Any:
+        return {"device": agent.name, "lanes": fetch_buffer(agent.socket, agent.buffer)}
+
+    _ask(fetch, _agents(socket, config, data, device), _show_buffer, json=json)
 
 
-def _sockets(socket: Path | None, config: Path | None, data: str | None, device: str | None) -> list[tuple[str, Path]]:
-    """Names and sockets of the agents that are meant."""
+class _Agent(NamedTuple):
+    name: str
+    socket: Path
+    buffer: Path | None
+
+
+def _agents(socket: Path | None, config: Path | None, data: str | None, device: str | None) -> list[_Agent]:
+    """The agents that are meant."""
     from contract.errors import ConfigurationError
     from edge_agent.settings import load_settings
     from headwater.place import data_folder, read_record
 
     if socket is not None:
-        return [(device or "", socket)]
+        return [_Agent(device or "", socket, None)]
     if config is None:
         folder = data_folder(data, os.environ)
         record = read_record(folder)
         if record is not None:
-            found = [(place.name, Path(place.socket)) for place in record.devices if device in (None, place.name)]
+            found = [
+                _Agent(place.name, Path(place.socket), Path(place.buffer))
+                for place in record.devices
+                if device in (None, place.name)
+            ]
             if not found:
                 known = ", ".join(place.name for place in record.devices)
                 raise ConfigurationError(f"--device {device!r} is not in the stack of {folder}; there are: {known}")
@@ -89,29 +102,25 @@ def _sockets(socket: Path | None, config: Path | None, data: str | None, device:
             )
         config = INSTALLED_CONFIG
     settings = load_settings(config)
-    return [(settings.device, Path(settings.status.socket))]
+    return [_Agent(settings.device, Path(settings.status.socket), Path(settings.buffer.path))]
 
 
 def _ask(
-    fetch: Callable[[Path], Any],
-    agents: list[tuple[str, Path]],
-    show: Callable[[list[tuple[str, Any]]], None],
-    *,
-    json: bool,
+    fetch: Callable[[_Agent], Any], agents: list[_Agent], show: Callable[[list[Any]], None], *, json: bool
 ) -> None:
     """Ask every agent; those that do not answer are told, and make the exit status."""
     from contract.errors import TemporaryError
 
-    answers: list[tuple[str, Any]] = []
+    answers: list[Any] = []
     silent: list[str] = []
-    for name, socket in agents:
+    for agent in agents:
         try:
-            answers.append((name, fetch(socket)))
+            answers.append(fetch(agent))
         except TemporaryError as error:
             silent.append(str(error))
     if json:
-        for name, answer in answers:
-            output.say_json(answer if isinstance(answer, dict) else {"device": name, "lanes": answer})
+        for answer in answers:
+            output.say_json(answer)
     elif answers:
         show(answers)
     if silent:
@@ -120,16 +129,26 @@ def _ask(
         raise typer.Exit(Exit.UNAVAILABLE)
 
 
-def _show_status(answers: list[tuple[str, Any]]) -> None:
-    output.say_table(["device", "what", "is"], _flat(answers))
+def _show_status(answers: list[Any]) -> None:
+    """One device in full, several by what matters."""
+    if len(answers) == 1:
+        output.say_pairs(dict(_leaves("", answers[0])))
+        return
+    columns = ("device", "connected", "stream", "state", "readings", "accepted", "waiting", "evicted", "last error")
+    rows = []
+    for answer in answers:
+        uplink = answer["uplink"]
+        for name, stream in answer["streams"].items():
+            counts = (stream["readings"], stream["accepted_rows"], stream["waiting_rows"], stream["evicted_rows"])
+            trouble = stream["last_error"] or ("" if uplink["connected"] else uplink["last_loss"])
+            rows.append((answer["device"], uplink["connected"], name, stream["state"], *counts, trouble))
+    output.say_table(columns, rows)
 
 
-def _show_buffer(answers: list[tuple[str, Any]]) -> None:
-    output.say_table(["device", "what", "is"], _flat(answers))
-
-
-def _flat(answers: list[tuple[str, Any]]) -> list[tuple[str, str, Any]]:
-    return [(name, path, value) for name, answer in answers for path, value in _leaves("", answer)]
+def _show_buffer(answers: list[Any]) -> None:
+    columns = ("device", "stream", "epoch", "live", "batches", "rows", "bytes", "first_seq", "last_seq")
+    rows = [(answer["device"], *(lane[name] for name in columns[1:])) for answer in answers for lane in answer["lanes"]]
+    output.say_table(columns, rows)
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -25,4 +25,4 @@ def run(config: Config, json: Json = False) -> None:
     with extras.imports("gateway", "headwater gateway run"):
         from headwater.gateway_process import run_gateway_process
 
-    run_gateway_process(config, json_logs=json)
+    raise typer.Exit(run_gateway_process(config, json_logs=json))

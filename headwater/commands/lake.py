@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -17,7 +18,11 @@ from headwater import extras, logs
 from headwater.commands.options import Data, Json, Lake
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from lake.query import Lake as OpenLake
+
+    Write = Callable[[Iterable[pa.RecordBatch]], None]
 
 app = typer.Typer(name="lake", help="SQL over the lake, its streams, its latest rows.", no_args_is_help=True)
 
@@ -52,22 +57,20 @@ def sql(
 ) -> None:
     """Run one SQL query. Streams with a dot or a dash in their name need quotes: "headwater.events".
 
-    The same as `--format json` is --json: one line per row. Where the data folder's stack is stopped, its object store
-    is started for the query.
+    `--format json` is one array, --json one line per row. Where the data folder's stack is stopped, its object store is
+    started for the query.
     """
-    with _opened(lake, data, form, json) as (opened, how):
-        from headwater.rows import write_rows
-
-        write_rows(opened.sql(query, at=parse_at(at)), how)
+    with _opened(lake, data, form, json) as (opened, write):
+        write(opened.read(query, at=parse_at(at)))
 
 
 @app.command()
 def streams(lake: Lake = None, data: Data = None, form: Form = Format.TABLE, json: Json = False) -> None:
     """The streams of the lake: rows, devices, first and last reading, version, size."""
-    with _opened(lake, data, form, json) as (opened, how):
-        from headwater.rows import write_rows
+    with _opened(lake, data, form, json) as (opened, write):
+        from headwater.rows import pieces
 
-        write_rows(opened.streams(), how)
+        write(pieces(opened.streams()))
 
 
 @app.command()
@@ -81,10 +84,10 @@ def head(
     json: Json = False,
 ) -> None:
     """The latest rows of a stream."""
-    with _opened(lake, data, form, json) as (opened, how):
-        from headwater.rows import write_rows
+    with _opened(lake, data, form, json) as (opened, write):
+        from headwater.rows import pieces
 
-        write_rows(opened.head(stream, rows, at=parse_at(at)), how)
+        write(pieces(opened.head(stream, rows, at=parse_at(at))))
 
 
 def parse_at(text: str | None) -> int | datetime | None:
@@ -107,20 +110,20 @@ def parse_at(text: str | None) -> int | datetime | None:
 
 
 @contextmanager
-def _opened(lake: str | None, data: str | None, form: Format, json: bool) -> Iterator[tuple[OpenLake, str]]:
+def _opened(lake: str | None, data: str | None, form: Format, json: bool) -> Iterator[tuple[OpenLake, Write]]:
     """The lake that is meant, open, and how to write what it answers."""
-    logs.configure()
+    # Quiet: an object store that is started for one query has its own warnings, which are nobody's here.
+    logs.configure(quiet=True)
     with extras.imports("gateway", "headwater lake"):
         from headwater.lake_access import find_store, opened_store
-        from headwater.rows import binary_to_terminal
+        from headwater.rows import write_rows
         from lake.query import Lake
 
-    how = Format.JSON if json else form
-    if binary_to_terminal(how):
-        raise ConfigurationError(f"--format {how} is bytes, and stdout is a terminal; send it to a file with > FILE")
+    if not json and form in (Format.ARROW, Format.PARQUET) and sys.stdout.isatty():
+        raise ConfigurationError(f"--format {form} is bytes, and stdout is a terminal; send it to a file with > FILE")
     with opened_store(find_store(lake, data, os.environ)) as store:
         opened = Lake(store)
         try:
-            yield opened, how
+            yield opened, lambda batches: write_rows(batches, "jsonl" if json else form)
         finally:
             opened.close()
