@@ -14,6 +14,7 @@ import pytest
 
 from simulators.faults.processes import Killed, ProcessFaults, kill_schedule
 from tests.integration.fleet import Fleet
+from tests.integration.servers import wait_until
 
 
 def _kill_all_over(fleet: Fleet, seed: int, kills: int, duration_s: float) -> list[Killed]:
@@ -28,6 +29,11 @@ def _kill_all_over(fleet: Fleet, seed: int, kills: int, duration_s: float) -> li
 
 
 def _check_books(fleet: Fleet, killed: list[Killed], kills: int) -> None:
+    # A stop right after a kill would find nobody to send what the killed one held.
+    gone = {(kill.target, kill.pid) for kill in killed}
+    wait_until(
+        lambda: all(fleet.pid_of(name) not in (None, pid) for name, pid in gone), 30.0, "all that were killed are back"
+    )
     fleet.drain()
     held = {device: [lane for lane in fleet.lanes(device) if lane.batches] for device in fleet.devices}
     assert not any(held.values()), f"not acknowledged after the drain: {held}"
