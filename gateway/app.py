@@ -37,8 +37,9 @@ LOOKS_MAX = 4
 """So many looks in a row must find a thread stuck: after a SIGSTOP all are late once."""
 SILENT_MAX_S = 60.0
 """For threads that never wait for the lake."""
-CLOSE_S = 5.0
-"""For each part that stops, beside the draining."""
+INGRESS_CLOSE_S = 2.0
+CLOSE_S = 6.0
+"""For all parts that stop after the draining."""
 
 
 class Gateway:
@@ -229,14 +230,20 @@ class Gateway:
         self._stopping = True
         _log.info("gateway_stopping")
         left: list[str] = []
+        drained_s = began_s + INGRESS_CLOSE_S + self._settings.drain_timeout_s + 1.0
+
+        def left_s() -> float:
+            """Of the time for all parts behind the engine together."""
+            return max(0.1, drained_s + CLOSE_S - time.monotonic())
+
         steps: tuple[tuple[str, Callable[[], bool]], ...] = (
-            ("ingress", lambda: self._ingress.close(CLOSE_S)),
+            ("ingress", lambda: self._ingress.close(INGRESS_CLOSE_S)),
             ("batches", lambda: self._engine.drain(self._settings.drain_timeout_s)),
             ("workers", lambda: self._pool.close(1.0)),
-            ("quarantine", lambda: self._quarantine.close(CLOSE_S)),
-            ("registry", lambda: self._registry.close(CLOSE_S)),
-            ("acknowledgements", lambda: self._acks.close(CLOSE_S)),
-            ("control", lambda: self._control.close(CLOSE_S)),
+            ("quarantine", lambda: self._quarantine.close(left_s() / 2)),
+            ("registry", lambda: self._registry.close(left_s() / 2)),
+            ("acknowledgements", lambda: self._acks.close(left_s() / 2)),
+            ("control", lambda: self._control.close(left_s())),
         )
         for name, step in steps:
             if not step():

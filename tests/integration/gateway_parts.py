@@ -46,6 +46,8 @@ class GatewayProcess:
         broker: URL.
         lake: the table `[lake]`.
         environ: more environment.
+        wait: whether a start waits until it is ready.
+        program: what the process runs.
         settings: further top-level keys and tables.
     """
 
@@ -57,6 +59,8 @@ class GatewayProcess:
         *,
         name: str = "gateway",
         environ: Mapping[str, str] | None = None,
+        wait: bool = True,
+        program: str = "import sys; from gateway.__main__ import main; sys.exit(main())",
         **settings: Any,
     ) -> None:
         self.folder = folder / name
@@ -75,6 +79,7 @@ class GatewayProcess:
         self.config.write_text(_toml(tables))
         self.log = self.folder / "gateway.log"
         self._environ = {**os.environ, **(environ or {})}
+        self._wait, self._program = wait, program
         self._process: subprocess.Popen[bytes] | None = None
         self.port = 0
 
@@ -85,20 +90,20 @@ class GatewayProcess:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.kill()
 
-    def start(self, *, ready: bool = True) -> None:
+    def start(self) -> None:
         """Start it, and wait until it listens, or until it is ready."""
         seen = len(self.events("http_listening"))
         with self.log.open("ab") as log:
             # `launch` binds it to the life of this process: a test run that is killed leaves nothing behind.
             bound = (sys.executable, "-I", "-S", launch.__file__, str(os.getpid()), "0")
-            argv = (*bound, sys.executable, "-m", "gateway", "--config", str(self.config))
+            argv = (*bound, sys.executable, "-c", self._program, "--config", str(self.config))
             self._process = subprocess.Popen(argv, cwd=ROOT, env=self._environ, stdout=log, stderr=log)
         listening = wait_until(
             lambda: self.events("http_listening")[seen:] or self._process.poll() is not None, PATIENCE_S, "it listens"
         )
         assert isinstance(listening, list), self.log.read_text()
         self.port = listening[-1]["port"]
-        if ready:
+        if self._wait:
             self.wait_ready()
 
     def wait_ready(self) -> None:
