@@ -109,13 +109,14 @@ class FakeGateway:
                 message = client.messages.get(timeout=0.05)
             except queue.Empty:
                 continue
+            payload = bytes(message.payload)
             try:
                 if message.topic == topics.status(self.device):
-                    self.presences.append(decode(message.payload, Presence))
+                    self.presences.append(decode(payload, Presence))
                 elif message.topic == topics.reported(self.device):
-                    self.reports.append(decode(message.payload, Reported))
+                    self.reports.append(decode(payload, Reported))
                 else:
-                    self._take(client, message.topic, message.payload)
+                    self._take(client, message.topic, payload)
             except BaseException as error:  # noqa: BLE001 - the test fails with it at the end
                 self.faults.append(error)
 

@@ -6,12 +6,13 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from contract import topics
-from contract.messages import Presence, decode
+from contract.messages import Presence, Reported, decode
 from edge_agent.offline import BufferUnreadableError, fetch_buffer
 from edge_agent.status import AgentNotRunningError, fetch, fetch_metrics
 from tests.integration.agent_bench import AgentProcess, FakeGateway, agents
@@ -56,6 +57,10 @@ def agent_of(tmp_path: Path) -> Iterator[Agents]:
 def last_read(tmp_path: Path, pid: int) -> int:
     """The last number that the sensor of a process gave."""
     return (tmp_path / f"read-{pid}").stat().st_size - 1
+
+
+def at_least(gateway: FakeGateway, rows: int) -> bool:
+    return len(gateway.rows("numbers")) >= rows
 
 
 def numbers_of(gateway: FakeGateway, pid: int) -> list[int]:
@@ -136,7 +141,7 @@ def test_a_killed_broker_costs_time_and_no_rows(agent_of: Agents, servers: Serve
         agent = agent_of(broker.url, "patient")
         agent.start()
         for rows in (20, 80, 140):
-            wait_until(lambda rows=rows: len(gateway.rows("numbers")) >= rows, PATIENCE_S, f"{rows} rows")
+            wait_until(partial(at_least, gateway, rows), PATIENCE_S, f"{rows} rows")
             broker.kill()
             gateway.restart()
         wait_until(lambda: len(gateway.rows("numbers")) >= 200, PATIENCE_S, "200 rows")
@@ -151,7 +156,7 @@ def test_desired_configuration_is_applied_kept_across_restarts_and_refused_whole
 ) -> None:
     with FakeGateway(mosquitto.url, "remote") as gateway:
 
-        def reported(good: Callable[[object], bool], what: str) -> None:
+        def reported(good: Callable[[Reported], bool], what: str) -> None:
             wait_until(
                 lambda: gateway.reports and good(gateway.reports[-1]), PATIENCE_S, f"{what}: {gateway.reports[-1:]}"
             )
@@ -167,6 +172,7 @@ def test_desired_configuration_is_applied_kept_across_restarts_and_refused_whole
         reported(lambda last: last.refused is not None and last.refused.revision == 4, "refused")
         last = gateway.reports[-1]
         assert (last.revision, last.streams["numbers"].max_batch_rows) == (3, 3)
+        assert last.refused is not None
         assert "rate_hz = 1000000000.0 is outside" in last.refused.reason
 
         # The broker has the bad document only; what is in force comes from the device's own disk.
@@ -316,7 +322,7 @@ def test_the_last_will_tells_that_a_killed_agent_is_gone(agent_of: Agents, mosqu
             late.subscribe(topics.status("p-mortal"))
             retained = late.receive()
             assert retained.retain
-            assert not decode(retained.payload, Presence).online
+            assert not decode(bytes(retained.payload), Presence).online
 
 
 def test_systemd_hears_ready_alive_and_stopping(agent_of: Agents, mosquitto: BrokerServer, tmp_path: Path) -> None:
@@ -388,7 +394,7 @@ def test_the_watchdog_is_not_fed_while_a_thread_hangs(
         agent.start()
         wait_until(lambda: "thread_hangs" in agent.tail(), PATIENCE_S, f"noticed; {agent.tail()}")
         manager.settimeout(1.0)
-        heard = []
+        heard: list[bytes] = []
         with pytest.raises(TimeoutError):
             while len(heard) < 1_000:
                 heard.append(manager.recv(4096))

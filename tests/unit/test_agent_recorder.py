@@ -108,6 +108,7 @@ def batches(buffer: MemoryBuffer, stream: str) -> list[list[dict[str, Any]]]:
         while lane.stream == stream and (batch := buffer.peek(stream, lane.epoch, seq)) is not None:
             seq = batch.seq
             body = buffer.body(stream, lane.epoch, seq)
+            assert body is not None
             with pa.ipc.open_stream(zstandard.decompress(body)) as reader:
                 found.append(reader.read_all().to_pylist())
     return found

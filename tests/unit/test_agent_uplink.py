@@ -251,7 +251,7 @@ def test_a_batch_thinned_or_evicted_after_it_was_chosen_is_never_sent_with_the_o
     caps = StreamCaps(bytes_max=size + 1, age_max_s=1e9, when_full=WhenFull.THIN, thin_keep_every=2)
     buffer = ThinningBuffer({"s": caps}, 1 << 30)
     buffer.append("s", body(400), 400, CLOCK)
-    acted = []
+    acted: list[bool] = []
 
     def between() -> None:
         if not acted:
@@ -344,7 +344,7 @@ def test_an_inherited_epoch_goes_on_only_if_the_retained_ack_proves_that_the_lak
         fill(buffer, 1)
         one = bench(buffer)
         connection = one.start_ready(*([] if retained is None else [ack("s", old, retained)]))
-        wait_until(lambda connection=connection: connection.batches(), "sent")
+        wait_until(connection.batches, "sent")
         assert connection.batches() == [("s", 4 if goes_on else 1)]
         assert (live(buffer) == old) is goes_on
         assert one.kinds() == ([] if goes_on else [Kind.EPOCH_OPENED])
