@@ -63,7 +63,12 @@ class ControlTable:
         """
         if self._handle.version < 0:
             return self._stored.empty_table()
-        return self._handle.read().select(self._stored.names)
+        found = self._handle.read()
+        columns = [
+            found.column(field.name) if field.name in found.column_names else pa.nulls(found.num_rows, field.type)
+            for field in self._stored
+        ]
+        return pa.table(columns, schema=self._stored)
 
     def append(self, rows: pa.Table, *, expected: int | None = None) -> None:
         """Commit rows; to be followed by `refresh`.
