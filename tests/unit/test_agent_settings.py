@@ -8,6 +8,7 @@ import pytest
 from contract.errors import ConfigurationError
 from edge_agent.buffer.port import WhenFull
 from edge_agent.sampling.settings import Burst, Interval, OnChange, Stream
+from edge_agent.sensors.registry import create_sensor
 from edge_agent.settings import BrokerAddress, BrokerSettings, load_settings, secret_from
 
 MINIMAL = 'device = "pi-1"\n[broker]\nurl = "mqtt://broker"\n'
@@ -173,4 +174,7 @@ def test_the_examples_are_what_the_agent_accepts() -> None:
     files = sorted(EXAMPLES.glob("*.toml"))
     assert len(files) >= 2
     for file in files:
-        assert load_settings(file).streams
+        settings = load_settings(file)
+        assert settings.streams
+        for stream in settings.streams.values():
+            create_sensor(stream.driver, stream.options)
