@@ -1,7 +1,6 @@
 """The board's fingerprint: the same at every start, another one on another board, and no serial number in it.
 
-Mutants tried, each made a test here fail: meaningless serials taken at their word; made-up addresses counted; the
-source left out of the hash.
+Mutants tried, each made a test here fail: meaningless serials taken at their word; made-up addresses counted.
 """
 
 from __future__ import annotations
