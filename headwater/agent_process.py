@@ -17,6 +17,9 @@ def main() -> None:
     parser.add_argument("--json-logs", action="store_true")
     arguments = parser.parse_args()
     try:
+        from edge_agent.lean import spare_memory
+
+        spare_memory()  # before anything loads structlog or pyarrow: 8 MB
         import msgspec
 
         from edge_agent.app import run_agent
