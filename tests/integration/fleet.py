@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -115,7 +116,8 @@ class Fleet:
                 sampling = {{ mode = "interval", rate_hz = 20.0 }}
                 ''',
             )
-            self._child(name, ["-m", "edge_agent", "--config", str(config)], tier=2)
+            answers = functools.partial(self._answers, name)
+            self._child(name, ["-m", "edge_agent", "--config", str(config)], tier=2, ready=answers)
 
     def _write(self, name: str, text: str) -> Path:
         folder = self.folder / name
@@ -124,15 +126,26 @@ class Fleet:
         path.write_text("\n".join(line.strip() for line in text.splitlines()))
         return path
 
-    def _child(self, name: str, arguments: list[str], *, tier: int, env: dict[str, str] | None = None) -> None:
+    def _child(
+        self,
+        name: str,
+        arguments: list[str],
+        *,
+        tier: int,
+        env: dict[str, str] | None = None,
+        ready: Callable[[], None] | None = None,
+    ) -> None:
         log = self.folder / "logs" / f"{name}.log"
         argv = (sys.executable, *arguments)
-        spec = ChildSpec(name=name, argv=argv, log=log, env=env or {}, cwd=ROOT, tier=tier, policy=SOON)
+        spec = ChildSpec(name=name, argv=argv, log=log, env=env or {}, cwd=ROOT, tier=tier, ready=ready, policy=SOON)
         self.servers.supervisor.start([spec], 60.0)
 
     def pid_of(self, name: str) -> int | None:
         """Process id of a device, gateway, the broker or the store."""
         return self.servers.supervisor.pid(name)
+
+    def _answers(self, device: str) -> None:
+        self.status(device)
 
     def status(self, device: str) -> dict[str, Any]:
         """What an agent says of itself."""

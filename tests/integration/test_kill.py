@@ -34,6 +34,7 @@ def _check_books(fleet: Fleet, killed: list[Killed], kills: int) -> None:
     wait_until(
         lambda: all(fleet.pid_of(name) not in (None, pid) for name, pid in gone), 30.0, "all that were killed are back"
     )
+    fleet.servers.supervisor.wait_ready([*fleet.devices, *fleet.gateways], 30.0)
     fleet.drain()
     held = {device: [lane for lane in fleet.lanes(device) if lane.batches] for device in fleet.devices}
     assert not any(held.values()), f"not acknowledged after the drain: {held}"
