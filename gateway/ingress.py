@@ -84,11 +84,6 @@ class Ingress:
 
     def _read(self, topic: str, payload: bytes, received_at_us: int) -> None:
         parsed = parse_up(topic)
-        if len(payload) > self._limits.payload_bytes_max:
-            raise Rejected(
-                Reason.PAYLOAD_TOO_LARGE,
-                f"payload of {len(payload)} bytes, more than {self._limits.payload_bytes_max}; send smaller batches",
-            )
         packed = len(payload) + OVERHEAD_BYTES
         if not self._budget.take(packed):
             self._drop()

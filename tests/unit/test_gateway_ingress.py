@@ -138,12 +138,15 @@ def test_a_batch_that_was_made_wrong_goes_on_to_be_stepped_over(data, reason):
     assert bench.budget.taken_bytes == pending.held_bytes == len(data) + OVERHEAD_BYTES
 
 
-def test_a_payload_over_the_limit_is_refused_before_it_is_read():
+def test_a_batch_over_the_limit_is_stepped_over_without_being_unpacked():
+    """Its device would be stuck for ever otherwise: it can only send the same bytes again."""
     bench = Bench(limits=Limits(payload_bytes_max=200))
     bench.receive(payload())
-    [record] = bench.quarantined
-    assert record.reason == Reason.PAYLOAD_TOO_LARGE
-    assert "send smaller batches" in record.message
+    assert bench.quarantined == []
+    [(_, pending)] = bench.delivered
+    assert isinstance(pending.content, Rejected)
+    assert pending.content.reason == Reason.PAYLOAD_TOO_LARGE
+    assert "send smaller batches" in str(pending.content)
 
 
 def test_without_memory_a_batch_is_shed_in_silence_and_costs_nothing():
