@@ -38,6 +38,8 @@ SAMPLES_PER_ROUND_MAX = 20_000
 UNSTORED_BATCHES_MAX = 64
 UNSTORED_BYTES_MAX = 8 * 1024 * 1024
 """Closed batches kept while the disk refuses; beyond, the oldest are dropped and counted."""
+CLOSE_AHEAD = 0.2
+"""Part of its age that a batch is closed early, to be stored along with another."""
 APPEND_BATCHES_MAX = 64
 APPEND_BYTES_MAX = 4 * 1024 * 1024
 """Batches stored in one durable step."""
@@ -138,10 +140,13 @@ class Recorder:
 
     def _round(self) -> None:
         self.progress_s = now_s = self._clock.monotonic_s()
+        before = len(self._unstored)
         for name in self._batchers:
             self._fill(name)
-        for name, batcher in self._batchers.items():
-            self._hold_closed(name, batcher.close_due(now_s))
+        self._close_due(now_s, ahead=0.0)
+        if len(self._unstored) > before:
+            # The disk is going to be flushed anyway; what would be due soon saves a flush of its own.
+            self._close_due(now_s, ahead=CLOSE_AHEAD)
         if now_s >= self._retry_at_s:
             if not self._unstored:
                 self._collect_events(all_of_them=False)
@@ -161,6 +166,10 @@ class Recorder:
             self._hold_closed(name, batcher.add(item.schema, item.sample, now_s))
         self._work.set()
         return True
+
+    def _close_due(self, now_s: float, *, ahead: float) -> None:
+        for name, batcher in self._batchers.items():
+            self._hold_closed(name, batcher.close_due(now_s + ahead * batcher.settings.max_batch_age_s))
 
     def _hold_closed(self, name: str, closed: Sequence[Closed]) -> None:
         for batch in closed:

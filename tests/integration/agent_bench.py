@@ -81,6 +81,10 @@ class FakeGateway:
             topics.ack(self.device), encode(Ack(committed=(Watermark(stream, epoch, seq),))), retain=True
         )
 
+    def forget_acks(self) -> None:
+        """Clear what the broker retains of them, as a broker that lost its state."""
+        self._client.publish(topics.ack(self.device), b"", retain=True)
+
     def rows(self, stream: str) -> list[dict[str, Any]]:
         """All rows of a stream, by epoch in order of arrival, then by seq."""
         epochs = list(dict.fromkeys(epoch for name, epoch, _ in self.sent if name == stream))

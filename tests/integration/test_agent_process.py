@@ -229,15 +229,17 @@ def test_what_the_retained_ack_covers_is_not_sent_again_after_a_start(
         assert first == ("numbers", epoch, 5)
 
 
+@pytest.mark.parametrize("broker_remembers", [True, False])
 def test_a_restored_card_image_loses_and_doubles_nothing(
-    agent_of: Agents, mosquitto: BrokerServer, tmp_path: Path
+    agent_of: Agents, mosquitto: BrokerServer, tmp_path: Path, broker_remembers: bool
 ) -> None:
     """The buffer goes back in time: its next batches would have numbers that the lake has already.
 
     Mutants tried: the ack believed although the buffer cannot know of it (the batches of the last process vanish).
     """
-    with FakeGateway(mosquitto.url, "restored") as gateway:
-        agent = agent_of(mosquitto.url, "restored")
+    device = f"restored-{broker_remembers}".lower()
+    with FakeGateway(mosquitto.url, device) as gateway:
+        agent = agent_of(mosquitto.url, device)
         agent.start()
         wait_until(lambda: len(gateway.rows("numbers")) >= 20, PATIENCE_S, "rows before the image")
         agent.kill()
@@ -250,6 +252,8 @@ def test_a_restored_card_image_loses_and_doubles_nothing(
         agent.kill()
         shutil.rmtree(agent.folder)
         shutil.copytree(image, agent.folder)
+        if not broker_remembers:
+            gateway.forget_acks()
         agent.start()
         pids.append(agent.pid)
         wait_until(lambda: len(numbers_of(gateway, pids[-1])) >= 50, PATIENCE_S, "rows of the restored agent")

@@ -7,7 +7,8 @@ import os
 import socket
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -28,7 +29,7 @@ from edge_agent.transport import (
     Signal,
     Will,
 )
-from headwater.stack.broker import MosquittoSettings, MosquittoTls
+from headwater.stack.broker import MosquittoSettings, MosquittoTls, find_mosquitto
 from tests.integration.servers import PATIENCE_S, BrokerServer, MqttClient, Servers, free_port, wait_until
 
 Kind = TypeVar("Kind", bound=Signal)
@@ -316,3 +317,47 @@ def test_tls_checks_the_servers_name_and_chain_and_shows_the_devices_certificate
         line = Line("tls", url=url, ca_file=str(tmp_path / ca))
         line.connect()
         assert line.wait(Lost).cause is cause
+
+
+@contextmanager
+def mosquitto_with(folder: Path, *lines: str) -> Iterator[int]:
+    """A mosquitto with this configuration; gives its port. The stack's own cannot ask a broker that asks it back."""
+    port = free_port()
+    config = folder / "mosquitto.conf"
+    config.write_text("\n".join(["user root", f"listener {port} 127.0.0.1", *lines]) + "\n")
+    with (folder / "mosquitto.log").open("wb") as log:
+        process = subprocess.Popen([find_mosquitto(), "-c", str(config)], stdout=log, stderr=log)
+    try:
+        wait_until(lambda: process.poll() is not None or accepts(port), PATIENCE_S, "mosquitto listens")
+        assert process.poll() is None, (folder / "mosquitto.log").read_text()
+        yield port
+    finally:
+        process.kill()
+        process.wait(PATIENCE_S)
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_broker_that_asks_for_certificates_lets_in_those_who_have_one(tmp_path: Path) -> None:
+    certificate(tmp_path, "ca", "/CN=Test CA")
+    certificate(tmp_path, "server", "/CN=broker", "-addext", "subjectAltName=IP:127.0.0.1", signer="ca")
+    certificate(tmp_path, "pi", "/CN=pi", signer="ca")
+    certificate(tmp_path, "foreign-ca", "/CN=Another CA")
+    certificate(tmp_path, "foreign", "/CN=pi", signer="foreign-ca")
+    ca, own, foreign = (str(tmp_path / name) for name in ("ca.pem", "pi", "foreign"))
+    asks = [f"cafile {ca}", f"certfile {tmp_path}/server.pem", f"keyfile {tmp_path}/server.key"]
+    with mosquitto_with(tmp_path, *asks, "require_certificate true", "use_identity_as_username true") as port:
+        url = f"mqtts://127.0.0.1:{port}"
+        line = Line("pi", url=url, ca_file=ca, cert_file=f"{own}.pem", key_file=f"{own}.key")
+        connection = line.connect()
+        line.wait(Ready)
+        connection.close(PATIENCE_S)
+        without = Line("pi", url=url, ca_file=ca)
+        stranger = Line("pi", url=url, ca_file=ca, cert_file=f"{foreign}.pem", key_file=f"{foreign}.key")
+        for uninvited in (without, stranger):
+            uninvited.connect()
+            assert uninvited.wait(Lost).cause in (LossCause.TLS, LossCause.REFUSED, LossCause.UNREACHABLE)
+            assert Ready not in map(type, uninvited.said)

@@ -155,6 +155,18 @@ def test_batches_that_close_together_are_stored_in_one_durable_step(bench: Calla
     assert max(len(step) for step in disk.steps) >= 3
 
 
+def test_a_batch_that_is_nearly_due_is_stored_along_with_another(bench: Callable[..., Bench]) -> None:
+    """Streams that close one after the other would each cost the card a flush. Mutants tried: nothing closed early."""
+    disk = Disk()
+    one = bench(disk, streams=("s", "t"), max_batch_age_s=1.0)
+    one.put(1, stream="s")
+    pause = threading.Event()
+    pause.wait(0.1)  # the distance that is tested, not a synchronisation
+    one.put(1, stream="t")
+    wait_until(lambda: one.recorder.accepted_rows["t"] == 1, "both stored")
+    assert disk.steps == [["s", "t"]]
+
+
 def test_a_disk_that_hangs_does_not_hold_up_the_samplers(bench: Callable[..., Bench]) -> None:
     disk = Disk()
     one = bench(disk)
