@@ -140,7 +140,7 @@ def test_a_batch_that_was_made_wrong_goes_on_to_be_stepped_over(data, reason):
 
 def test_a_batch_over_the_limit_is_stepped_over_without_being_unpacked():
     """Its device would be stuck for ever otherwise: it can only send the same bytes again."""
-    bench = Bench(limits=Limits(payload_bytes_max=200))
+    bench = Bench(limits=Limits(payload_bytes_max=100))
     bench.receive(payload())
     assert bench.quarantined == []
     [(_, pending)] = bench.delivered
