@@ -377,7 +377,7 @@ def test_messages_name_the_thing_the_value_and_a_remedy(aftermath):
         by_reason[record["reason"]] = by_reason.get(record["reason"], "") + record["message"]
     for reason, words in {
         "type_conflict": ["'x'", "string", "double"],
-        "too_many_fields": ["2000", "split"],
+        "too_many_fields": ["2001", "split"],
         "payload_too_large": [str(PAYLOAD_BYTES_MAX), "smaller"],
         "topic_mismatch": ["elsewhere", "own topic"],
         "unknown_version": ["version 2", "update"],
