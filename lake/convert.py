@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from lake.columns import SHAPE_SUFFIX, escape
+from lake.columns import escape
 from lake.types import is_nothing, map_entry, stored_field
 
 Bits = npt.NDArray[Any]
@@ -37,12 +37,12 @@ def to_storage(array: pa.Array, target: pa.DataType) -> pa.Array:
         children = [_child_to_storage(array, field) for field in target]
         return _struct(children, target, array)
     if types.is_map(kind):
-        lists = _lists(array)
-        pairs = pa.StructArray.from_arrays([lists.items.field(0), lists.items.field(1)], fields=list(map_entry(kind)))
-        return _list(lists.lengths, lists.select(to_storage(pairs, target.value_type)), target, array)
+        lengths, items = _lists(array)
+        pairs = pa.StructArray.from_arrays([items.field(0), items.field(1)], fields=list(map_entry(kind)))
+        return _list(lengths, to_storage(pairs, target.value_type), target, array)
     if types.is_nested(kind):
-        lists = _lists(array)
-        return _list(lists.lengths, lists.select(to_storage(lists.items, target.value_type)), target, array)
+        lengths, items = _lists(array)
+        return _list(lengths, to_storage(items, target.value_type), target, array)
     if kind == target:
         return array
     if types.is_float16(kind):
@@ -72,15 +72,15 @@ def from_storage(array: pa.Array, wire: pa.DataType) -> pa.Array:
         children = [_child_from_storage(array, field) for field in wire]
         return _struct(children, wire, array)
     if types.is_map(wire):
-        lists = _lists(array)
-        pairs = from_storage(lists.select(lists.items), map_entry(wire))
-        offsets = _offsets(lists.lengths, pa.int32())
+        lengths, items = _lists(array)
+        pairs = from_storage(items, map_entry(wire))
+        offsets = _offsets(lengths, pa.int32())
         return pa.MapArray.from_arrays(offsets, pairs.field(0), pairs.field(1), type=wire, mask=_mask(array))
     if types.is_fixed_size_list(wire):
         return _fixed_size_list(array, wire)
     if types.is_nested(wire):
-        lists = _lists(array)
-        return _list(lists.lengths, from_storage(lists.select(lists.items), wire.value_type), wire, array)
+        lengths, items = _lists(array)
+        return _list(lengths, from_storage(items, wire.value_type), wire, array)
     if kind == wire:
         return array
     if types.is_floating(kind) and types.is_floating(wire):
@@ -98,23 +98,16 @@ def from_storage(array: pa.Array, wire: pa.DataType) -> pa.Array:
 def _child_to_storage(array: pa.StructArray, field: pa.Field) -> pa.Array:
     """What of a struct's children goes to one field of its column."""
     for index, child in enumerate(array.type):
-        if is_nothing(child.type):
-            continue
         stored = stored_field(escape(child.name), child.type)
-        # Within a column of shapes even a list<null> stands under its own name.
-        if stored is not None and field.name in (stored.name, stored.name.removesuffix(SHAPE_SUFFIX)):
+        if stored is not None and stored.name == field.name:
             return to_storage(array.field(index), field.type)
     return pa.nulls(len(array), field.type)
 
 
 def _child_from_storage(array: pa.StructArray, child: pa.Field) -> pa.Array:
     stored = stored_field(escape(child.name), child.type)
-    if stored is not None:
-        for name in (stored.name, stored.name.removesuffix(SHAPE_SUFFIX)):
-            index = array.type.get_field_index(name)
-            if index >= 0:
-                return from_storage(array.field(index), child.type)
-    return empty(len(array), child.type)
+    index = -1 if stored is None else array.type.get_field_index(stored.name)
+    return empty(len(array), child.type) if index < 0 else from_storage(array.field(index), child.type)
 
 
 def empty(length: int, wire: pa.DataType) -> pa.Array:
@@ -156,12 +149,12 @@ def _list(lengths: Bits, items: pa.Array, kind: pa.DataType, like: pa.Array) -> 
 
 
 def _fixed_size_list(array: pa.Array, wire: pa.FixedSizeListType) -> pa.Array:
-    lists = _lists(array)
-    values = from_storage(lists.select(lists.items), wire.value_type)
+    lengths, items = _lists(array)
+    values = from_storage(items, wire.value_type)
     validity = None
     if array.null_count:
         # A null list takes room here: put nulls there.
-        starts = np.cumsum(lists.lengths) - lists.lengths
+        starts = np.cumsum(lengths) - lengths
         places = starts[:, None] + np.arange(wire.list_size)
         under_null = np.repeat(np.asarray(array.is_null())[:, None], wire.list_size, axis=1)
         values = values.take(pa.array(places.ravel(), pa.int64(), mask=under_null.ravel()))
@@ -170,36 +163,15 @@ def _fixed_size_list(array: pa.Array, wire: pa.FixedSizeListType) -> pa.Array:
     return pa.Array.from_buffers(wire, len(array), [validity], children=[values])
 
 
-class _Lists(NamedTuple):
-    """A list array taken apart. For nulls no item is kept, though Arrow allows some to lie there."""
-
-    lengths: Bits
-    items: pa.Array
-    """Children of the slice, those under nulls included."""
-    kept: pa.Array | None
-    """Indices of the items that belong to lists which are not null; None for all."""
-
-    def select(self, items: pa.Array) -> pa.Array:
-        """The kept ones of `items` after conversion. (Before it some Arrow types cannot be taken from.)"""
-        return items if self.kept is None else items.take(self.kept)
-
-
-def _lists(array: pa.Array) -> _Lists:
+def _lists(array: pa.Array) -> tuple[Bits, pa.Array]:
+    """The lengths of lists and their items, those included that Arrow allows to lie under nulls."""
     kind = array.type
-    valid = np.asarray(array.is_valid())
     if pa.types.is_fixed_size_list(kind):
         size = kind.list_size
-        items = array.values.slice(array.offset * size, len(array) * size)
-        lengths = np.full(len(array), size)
-    else:
-        offsets = np.asarray(array.offsets)
-        first, last = (int(offsets[0]), int(offsets[-1])) if len(offsets) else (0, 0)
-        items = array.values.slice(first, last - first)
-        lengths = np.diff(offsets)
-    if not lengths[~valid].any():
-        return _Lists(lengths, items, None)
-    kept = np.flatnonzero(np.repeat(valid, lengths))
-    return _Lists(np.where(valid, lengths, 0), items, pa.array(kept))
+        return np.full(len(array), size), array.values.slice(array.offset * size, len(array) * size)
+    offsets = np.asarray(array.offsets)
+    first, last = (int(offsets[0]), int(offsets[-1])) if len(offsets) else (0, 0)
+    return np.diff(offsets), array.values.slice(first, last - first)
 
 
 def _offsets(lengths: Bits, kind: pa.DataType) -> pa.Array:

@@ -207,8 +207,19 @@ class RawTableSuite:
         assert self.committed() == [(A, 1, 3), (A, 2, 3)]
         other.refresh()
         assert other.watermark(A, EPOCH) == 2
+        third = self.fresh()
         commit(other, raw(A, 3, rows(y=pa.array([1, 2, 3]))))
+        with pytest.raises(CommitConflictError):
+            commit(third, raw(B, 1, rows(z=pa.array([1, 2, 3]))))
         assert self.committed() == [(A, 1, 3), (A, 2, 3), (A, 3, 3)]
+
+    def test_a_stale_handle_cannot_add_columns_even_to_lanes_that_did_not_move(self) -> None:
+        commit(self.fresh(), raw(A, 1))
+        table, other = self.fresh(), self.fresh()
+        commit(table, raw(A, 2))
+        with pytest.raises(CommitConflictError):
+            commit(other, raw(B, 1, rows(y=pa.array([1, 2, 3]))))
+        assert self.committed() == [(A, 1, 3), (A, 2, 3)]
 
     def test_seqs_are_stepped_over_without_rows(self) -> None:
         table = self.fresh()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from contract.names import shard_of
+from lake.delta import DeltaHandle
+from lake.errors import CommitConflictError
+from lake.plan import BASE_COLUMNS, table_schema
 from lake.raw import RawTable
 from lake.store import Store, StoreSettings
-from tests.contract.lake_reading import batches_in
+from tests.contract.lake_reading import batches_in, table_in
 from tests.contract.lake_suite import EPOCH, A, B, RawTableSuite, StoreSuite, Table, commit, raw, rows
 
 
@@ -50,3 +55,34 @@ def test_watermarks_survive_the_log_checkpoint(store: Store) -> None:
     table.refresh()
     assert table.watermark(A, EPOCH) == 104
     assert batches_in(store, "s") == [*((A, seq, 1) for seq in range(1, 105)), (B, 1, 1)]
+
+
+def test_a_table_that_somebody_else_made_is_not_taken_as_ones_own(store: Store) -> None:
+    """It may have other columns: what is written to columns that a table does not have, nobody finds again."""
+    late = RawTable(store, "s")
+    late.refresh()
+    early = DeltaHandle(store, "raw/s")
+    early.create(table_schema(BASE_COLUMNS), {})
+    with pytest.raises(CommitConflictError):
+        commit(late, raw(A, 1))
+    late.refresh()
+    commit(late, raw(A, 1))
+    assert table_in(store, "raw/s").column("x").null_count == 0
+
+
+def test_rows_of_a_file_are_ordered_by_device_and_seq(store: Store) -> None:
+    table = RawTable(store, "s", part_bytes_max=1)
+    table.refresh()
+    commit(table, raw(B, 2), raw(A, 3), raw(B, 1), raw(A, 2))
+    firsts = []
+    for info in store.objects("raw/s"):
+        if info.path.endswith(".parquet"):
+            file = pq.read_table(pa.BufferReader(store.get(info.path)))
+            firsts.append((file.column("_device")[0].as_py(), file.column("_seq")[0].as_py()))
+    assert len(firsts) == 4
+    whole = RawTable(store, "t")
+    whole.refresh()
+    commit(whole, raw(B, 2), raw(A, 3), raw(B, 1), raw(A, 2))
+    found = table_in(store, "raw/t")
+    order = list(zip(found.column("_device").to_pylist(), found.column("_seq").to_pylist(), strict=True))
+    assert order == sorted(order)

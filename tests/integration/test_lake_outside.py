@@ -57,10 +57,16 @@ def plain_duckdb(store: Store) -> Iterator[duckdb.DuckDBPyConnection]:
         connection.execute(f"LOAD '{extension_path(name)}'")
     settings = store.settings
     if settings.endpoint:
-        connection.execute(
-            f"CREATE SECRET (TYPE s3, KEY_ID '{settings.access_key}', SECRET '{settings.secret_key}', "
-            f"REGION 'us-east-1', ENDPOINT '{settings.endpoint.removeprefix('http://')}', URL_STYLE 'path', USE_SSL false)"
+        parts = (
+            "TYPE s3",
+            f"KEY_ID '{settings.access_key}'",
+            f"SECRET '{settings.secret_key}'",
+            f"REGION '{settings.region}'",
+            f"ENDPOINT '{settings.endpoint.removeprefix('http://')}'",
+            "URL_STYLE 'path'",
+            "USE_SSL false",
         )
+        connection.execute(f"CREATE SECRET ({', '.join(parts)})")
     yield connection
     connection.close()
 

@@ -100,6 +100,10 @@ def _names() -> st.SearchStrategy[str]:
 @cache
 def types(depth: int = 3) -> st.SearchStrategy[pa.DataType]:
     """Types of rule 4 of the contract, nested at most `depth` deep."""
+    return st.deferred(lambda: _types(depth))  # deferred: else Hypothesis writes out all nested strategies as text
+
+
+def _types(depth: int) -> st.SearchStrategy[pa.DataType]:
     plain = st.one_of(_plain_types(), st.just(pa.null()))
     dictionary = st.builds(
         pa.dictionary,

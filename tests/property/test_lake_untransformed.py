@@ -23,7 +23,7 @@ from lake.raw import RawBatch, RawTable
 from lake.rebuild import rebuild_batch
 from lake.store import Store, StoreSettings
 from lake.types import TypeConflictError, merge, stored_field
-from tests.property.arrow_values import arrays, assert_same_bits, batches, bits, types
+from tests.property.arrow_values import FLOAT_BITS, arrays, assert_same_bits, batches, bits, types
 
 EPOCH = "ab" * 16
 NOW_US = 1_795_245_988_618_000
@@ -100,6 +100,14 @@ def test_a_type_survives_in_every_column_that_takes_it(narrow: pa.DataType, data
         column = fits(narrow, wide)
         if column is not None:
             assert bits(from_storage(to_storage(array, column.type), narrow)) == bits(array), wide
+
+
+def test_a_dictionary_keeps_values_that_only_look_alike() -> None:
+    for kind, patterns in ((pa.float16(), pa.uint16()), (pa.float32(), pa.uint32()), (pa.float64(), pa.uint64())):
+        values = pa.array(FLOAT_BITS[kind.bit_width], patterns).view(kind)
+        array = pa.DictionaryArray.from_arrays(pa.array(range(len(values)), pa.int8()), values)
+        stored = to_storage(array, kind if kind != pa.float16() else pa.float32())
+        assert bits(from_storage(stored, array.type)) == bits(array)
 
 
 @pytest.fixture(scope="module")

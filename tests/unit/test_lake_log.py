@@ -6,6 +6,7 @@ a checkpoint beyond the asked version taken; a log with a hole believed; nothing
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,10 +105,23 @@ def test_memory_is_bounded(store: Store) -> None:
     assert log.get("d1") is None
 
 
-def test_a_table_that_was_made_anew_is_read_anew(store: Store) -> None:
+def test_a_table_that_was_made_anew_is_read_anew(store: Store, tmp_path: Path) -> None:
     table, log = create(store), TransactionLog(store, "t")
-    commit(table, a=1)
+    commit(table, old=7)
     log.advance(1)
+    shutil.rmtree(tmp_path / "t")
+    table = create(store)
+    commit(table, new=1)
+    commit(table, new=2)
     log.forget()
-    log.advance(0)
-    assert log.get("a") == 0
+    log.advance(2)
+    assert (log.get("old"), log.get("new")) == (0, 2)
+
+
+def test_it_can_go_back(store: Store) -> None:
+    table, log = create(store), TransactionLog(store, "t")
+    for number in range(1, 6):
+        commit(table, a=number)
+    log.advance(5)
+    log.advance(2)
+    assert log.get("a") == 2

@@ -73,9 +73,9 @@ def test_a_thinned_batch_keeps_its_row_numbers() -> None:
 
 
 def test_batches_of_different_schemas_are_interleaved_and_lack_nothing_but_what_they_lack() -> None:
-    number, text = rows(2, x=pa.array([1, 2], pa.int8())), rows(1, y=pa.array(["a"]))
-    parts, _ = built(batch("a", 1, number), batch("a", 2, text), batch("a", 3, number))
-    assert column(parts[0], "x") == [1, 2, None, 1, 2]
+    one, two = rows(2, x=pa.array([1, 2], pa.int8())), rows(2, x=pa.array([3, 4], pa.int8()))
+    parts, _ = built(batch("a", 1, one), batch("a", 2, rows(1, y=pa.array(["a"]))), batch("a", 3, two))
+    assert column(parts[0], "x") == [1, 2, None, 3, 4]
     assert column(parts[0], "y") == [None, None, "a", None, None]
     assert len(set(column(parts[0], "_schema"))) == 2
 
