@@ -16,7 +16,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m edge_agent", description="Run the Headwater agent.")
     parser.add_argument("--config", type=Path, required=True, help="the agent.toml")
     config = parser.parse_args().config
-    spare_memory()
+    spare_memory(config)
     from contract.errors import ConfigurationError
     from edge_agent.app import run_agent
     from edge_agent.settings import load_settings

@@ -19,7 +19,7 @@ def main() -> None:
     try:
         from edge_agent.lean import spare_memory
 
-        spare_memory()  # before anything loads structlog or pyarrow: 8 MB
+        spare_memory(arguments.config)  # before anything loads structlog or pyarrow
         import msgspec
 
         from edge_agent.app import run_agent
