@@ -48,7 +48,7 @@ STABLE_S = 10.0
 """A connection that lasted this long was a good one: the next attempt begins without backoff."""
 TAKEN_OVER_S = 30.0
 """Two devices of one name would throw each other out as fast as they can connect; this is their pace instead."""
-OWN_PRESENCES_MAX = 16
+OWN_PRESENCES_MAX = 256
 SPLIT_S = 5.0
 """How often backlogs are looked at, whether fresh data should overtake."""
 FAREWELL_S = 3.0
@@ -137,6 +137,7 @@ class Uplink:
         self._presence = b""
         self._reported_due = self._presence_due = self._was_ready = self._contested = False
         self._own_presences: deque[bytes] = deque(maxlen=OWN_PRESENCES_MAX)
+        self._last_ready_presences: frozenset[bytes] = frozenset()
         self._counted_timeouts = self._counted_rewinds = 0
         self._drain_until_s: float | None = None
         self.state = UplinkState(False, clock.wall_us(), "", 0, 0)
@@ -241,6 +242,7 @@ class Uplink:
         self._ready, self._ready_at_s = ready, self._clock.monotonic_s()
         self._presence = self._own_presence(online=True, reason="started")
         self._presence_due = self._reported_due = self._was_ready = True
+        self._last_ready_presences = frozenset(list(self._own_presences)[-2:])
         self._metrics.connected.set(1)
         _log.info("connected", payload_bytes_max=ready.payload_bytes_max)
         self._update_state()
@@ -282,6 +284,7 @@ class Uplink:
                 proven = 0 < last_seq <= self._known_acks.get(key, 0)
                 if not holds_old and not proven:
                     epoch = self._buffer.open_epoch(lane.stream, move_after_seq=last_seq)
+                    _log.info("epoch_opened", stream=lane.stream, cause="unproven")
                     self._report(_epoch_opened(lane.stream, epoch, "unproven", previous=lane.epoch))
             del self._inherited[key]
         self._known_acks.clear()
@@ -298,7 +301,7 @@ class Uplink:
                 self._sender.rewind(decode(message.payload, Rewind), self._clock.monotonic_s())
             elif kind == "desired":
                 self._desired(message.payload)
-            elif kind == "status" and self._was_ready and message.payload not in self._own_presences:
+            elif kind == "status" and self._was_ready and not self._is_own(message.payload):
                 other = decode(message.payload, Presence)
                 self._taken_over({"agent": other.agent, "boot": other.boot, "at_us": other.at_us})
         except Rejected as refusal:
@@ -321,6 +324,11 @@ class Uplink:
             elif outcome is AckOutcome.BUFFER_RESTORED:
                 _log.warning("buffer_restored", stream=mark.stream, epoch=mark.epoch, committed=mark.seq)
                 self._report(Event(Kind.BUFFER_RESTORED, mark.stream, mark.epoch, last_seq=mark.seq))
+
+    def _is_own(self, presence: bytes) -> bool:
+        # Days without a network are thousands of attempts, each with a will of its own: they must not push out the ones
+        # of the last good connection, which the broker will show on the way back.
+        return presence in self._last_ready_presences or presence in self._own_presences
 
     def _taken_over(self, detail: dict[str, Scalar]) -> None:
         """Another client has used this device's name since this process was connected for the first time."""

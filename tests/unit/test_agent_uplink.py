@@ -413,6 +413,23 @@ def test_another_client_with_this_name_is_noticed_by_its_presence(bench: Benches
     assert one.events[0].detail["boot"] == "cd" * 16
 
 
+def test_a_presence_of_before_days_without_a_network_is_still_known_as_its_own(bench: Benches) -> None:
+    """The will that the broker published meanwhile is what is found on the way back.
+
+    Mutants tried: the presences of the last good connection not kept apart.
+    """
+    one = bench(new_buffer(), reconnect_base_s=0.01, reconnect_max_s=0.01)
+    first = one.start_ready()
+    wait_until(lambda: first.published, "presence")
+    first.say(Lost(LossCause.LOST, "the connection broke"))
+    for number in range(1, 300):
+        one.transport.attempt(number).say(Lost(LossCause.UNREACHABLE, "no network"))
+    last = one.transport.attempt(300)
+    last.say(Received(topics.status("pi-1"), first.will.payload), READY, Received(topics.desired("pi-1"), b"marker"))
+    wait_until(lambda: one.desired, "the marker arrives")
+    assert one.events == []
+
+
 def test_a_stopping_agent_sends_what_it_holds_says_goodbye_and_only_then_ends(bench: Benches) -> None:
     buffer = new_buffer()
     one = bench(buffer)
