@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 # Two busy cores prove nothing about speed: examples have no deadline, and slow drawing is no failure. A failing example
@@ -30,6 +33,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"seed: {config.getoption('--seed')}"
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_they_were() -> Iterator[None]:
+    """A test that configures logging, onto a stream that ends with it, leaves nothing of that to the next one."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture
