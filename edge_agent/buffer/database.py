@@ -139,8 +139,7 @@ class Database:
             return row
 
     def upkeep(self) -> None:
-        """Take back the reserve once there is room for it; shrink a log that one large batch has stretched."""
-        self._reserve.take()
+        """Shrink a log that one large batch has stretched."""
         if self.log_bytes() > 2 * self._wal_bytes_max:
             self._empty_log()
 

@@ -357,6 +357,14 @@ class BufferSuite:
         assert buffer.body("a", epoch, 3) == body
         assert held(buffer, "a", epoch) == [1, 2, 3]
 
+    def test_no_more_is_thinned_than_has_to_be_and_the_oldest_first(self, now: Hands) -> None:
+        body, small = body_of(400), body_of(1)
+        buffer = self.thin(now, 2 * len(body) + len(small) - 1)
+        epoch = [buffer.append("a", body, 400, now()).epoch for _ in range(2)].pop()
+        outcome = buffer.append("a", small, 1, now())
+        assert outcome.evictions == (Eviction("a", epoch, 1, 1, 299, "thinned"),)
+        assert buffer.body("a", epoch, 2) == body
+
     def test_thinning_begins_with_the_oldest_and_spares_none_twice_before_all_once(self, now: Hands) -> None:
         body = body_of(400)
         buffer = self.thin(now, 4 * len(body))

@@ -1,7 +1,7 @@
 """Files that cannot be read: moved aside, said so, and what can still be read of them is sent.
 
-Mutants tried, each made a test here fail: damaged bodies handed out; salvage without comparing checksums; the old epoch
-kept live after damage; the log of the damaged file left for the new one; another program's database replaced.
+Mutants tried, each made a test here fail: damaged bodies handed out; salvaging into the file's own place; the
+log of the damaged file left for the new one; another program's database replaced.
 """
 
 from __future__ import annotations
@@ -181,20 +181,21 @@ def test_no_damaged_page_brings_a_wrong_body_a_used_number_or_the_agent_down(pat
     assert sum(saved) > 0.9 * 60 * len(saved), "one page should cost a batch or a few, not the buffer"
 
 
+def break_the_tree(path: Path) -> None:
+    """Damage one interior page: the leaves stay, but the way to some of them is gone."""
+    content = bytearray(path.read_bytes())
+    interior = next(at for at in range(4 * PAGE, len(content), PAGE) if content[at] == 5)
+    content[interior : interior + 40] = bytes([0x77]) * 40
+    path.write_bytes(content)
+
+
 def test_damage_found_in_use_costs_no_healthy_batch_and_stops_nothing(path: Path) -> None:
     buffer = buffer_at(path)
     epoch = [buffer.append("a", body(seq), seq, Hands()()).epoch for seq in range(1, 201)].pop()
     other = buffer.append("b", b"other", 1, Hands()()).epoch
     buffer.acknowledge("a", epoch, 10)
     buffer._db._checkpoint("TRUNCATE")
-    with path.open("r+b") as file:
-        # Interior pages of the tree: the leaves stay, but the way to them is gone.
-        for page in range(path.stat().st_size // PAGE):
-            file.seek(page * PAGE)
-            if page > 3 and file.read(1) == b"\x05":
-                file.seek(page * PAGE)
-                file.write(bytes([0x77]) * 40)
-                break
+    break_the_tree(path)
     buffer._db.close_connections()
     drained = drain(buffer, epoch)
     assert buffer.opened.kind is OpenedKind.CORRUPT_REPLACED
@@ -217,16 +218,20 @@ class PowerCut(BaseException):
 def test_a_power_cut_while_a_damaged_file_is_replaced_loses_nothing_more(
     path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    epoch = filled(path)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) * 2 // 3])
-    for name in ("buffer.db-wal", "buffer.db-shm"):
-        path.with_name(name).write_bytes(b"left behind by the damaged file")
-    whole = path.parent / "whole"
-    whole.mkdir()
-    for file in path.parent.glob("buffer.db*"):
-        (whole / file.name).write_bytes(file.read_bytes())
-    undisturbed = buffer_at(whole / "buffer.db")
+    epoch = filled(path, 200)
+    killed = buffer_at(path)
+    for seq in range(201, 204):
+        killed.append("a", body(seq), 1, Hands()())
+    cut, whole = (path.parent / name / path.name for name in ("cut", "whole"))
+    for copy in (cut, whole):
+        # A sound log of a damaged file. Taken for the log of the new one it would damage that, too.
+        copy.parent.mkdir()
+        for suffix in ("", "-wal"):
+            copy.with_name(copy.name + suffix).write_bytes(path.with_name(path.name + suffix).read_bytes())
+        break_the_tree(copy)
+    killed.close()
+    undisturbed = buffer_at(whole)
+    assert undisturbed.opened.kind is OpenedKind.CORRUPT_REPLACED
     expected = drain(undisturbed, epoch)
     undisturbed.close()
 
@@ -248,15 +253,35 @@ def test_a_power_cut_while_a_damaged_file_is_replaced_loses_nothing_more(
         for module in ("files", "database"):
             patch.setattr(f"edge_agent.buffer.{module}.sync_folder", counted(files.sync_folder))
         try:
-            buffer_at(path).close()
+            buffer_at(cut).close()
         except PowerCut:
             pass
-    again = buffer_at(path)
+    again = buffer_at(cut)
     assert drain(again, epoch) == expected
-    assert len(expected) > 10
+    assert len(expected) > 50
     assert again.append("a", b"new", 1, Hands()()).epoch != epoch
     again.close()
-    assert not path.with_name("buffer.db-new").exists()
+    assert not cut.with_name("buffer.db-new").exists()
+
+
+def test_the_log_of_the_old_file_is_not_taken_for_that_of_the_new_one(path: Path) -> None:
+    """A power cut came when the old file had been moved away, and before its log and the new file were."""
+    replacement = path.with_name("replacement.db")
+    epoch = filled(replacement, 20)
+    filled(path, 200)
+    killed = buffer_at(path)
+    for seq in range(201, 231):
+        killed.append("a", body(seq), 1, Hands()())
+    log = path.with_name("buffer.db-wal").read_bytes()
+    killed.close()
+    path.unlink()
+    path.with_name("buffer.db-wal").write_bytes(log)
+    replacement.rename(path.with_name("buffer.db-new"))
+    buffer = buffer_at(path)
+    assert buffer.opened.kind is OpenedKind.RESUMED
+    assert drain(buffer, epoch) == {seq: body(seq) for seq in range(1, 21)}
+    assert [info.epoch for info in buffer.lanes()] == [epoch]
+    buffer.close()
 
 
 # Another board

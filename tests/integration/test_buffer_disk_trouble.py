@@ -3,9 +3,9 @@
 The real disks are a tmpfs and an ext4 image of a few megabytes; mounting them needs root. Without it those tests are
 skipped; the injected faults cover the same ground.
 
-Mutants tried, each made a test here fail: no reserve; the reserve given up for an append that makes the file grow; no
-second attempt after the log was emptied; an error after which the transaction is left open; in-memory counts changed
-before the commit.
+Mutants tried, each made a test here fail: no reserve; the reserve given up for an append that makes the file grow; a
+file that grows without a reserve; no second attempt at opening; in-memory counts
+changed before the commit.
 """
 
 from __future__ import annotations
@@ -222,6 +222,7 @@ def test_on_a_full_disk_acknowledging_works_and_makes_room(disk: str, request: p
     (info,) = buffer.lanes()
     assert held(buffer, "a", info.epoch) == list(range(1, info.last_seq + 1))
     assert append_until_refused(buffer) == 0
+    assert path.with_name("buffer.db-reserve").exists(), "what makes the file grow must not eat the reserve"
     # What is acknowledged is deleted for good, although not one block is free.
     for seq in range(1, info.last_seq - 9):
         buffer.acknowledge("a", info.epoch, seq)
@@ -239,15 +240,20 @@ def test_on_a_full_disk_acknowledging_works_and_makes_room(disk: str, request: p
 
 @needs_root
 def test_a_device_that_is_online_works_on_while_another_program_fills_the_disk(small: Path) -> None:
+    def online(count: int) -> int:
+        for _ in range(count):
+            outcome = buffer.append("a", os.urandom(13_000), 1, Hands()())
+            buffer.acknowledge("a", outcome.epoch, outcome.seq)
+        return outcome.seq
+
     buffer = buffer_at(small / "buffer.db")
-    for _ in range(20):
-        outcome = buffer.append("a", os.urandom(13_000), 1, Hands()())
-        buffer.acknowledge("a", outcome.epoch, outcome.seq)
+    online(100)
+    buffer.close()
+    buffer = buffer_at(small / "buffer.db")
+    online(20)
     fill(small)
-    for _ in range(300):
-        outcome = buffer.append("a", os.urandom(13_000), 1, Hands()())
-        buffer.acknowledge("a", outcome.epoch, outcome.seq)
-    assert outcome.seq == 320
+    assert online(300) == 420
+    assert (small / "buffer.db-reserve").exists(), "the log's own blocks are enough for this"
     buffer.close()
 
 
@@ -289,6 +295,29 @@ def test_a_full_buffer_can_be_opened_and_drained_on_a_full_disk(small: Path) -> 
     again.close()
     once_more = buffer_at(path)
     assert held(once_more, "a", info.epoch) == [count + 1]
+    once_more.close()
+
+
+@needs_root
+def test_a_disk_that_filled_up_meanwhile_can_be_opened_and_its_last_blocks_serve_acknowledgements(small: Path) -> None:
+    path = small / "buffer.db"
+    buffer = buffer_at(path)
+    for _ in range(100):
+        buffer.append("a", os.urandom(13_000), 1, Hands()())
+    buffer.close()
+    assert not path.with_name("buffer.db-wal").exists()
+    fill(small)
+    again = buffer_at(path)
+    assert not path.with_name("buffer.db-reserve").exists(), "opening took it: there was no block left"
+    assert append_until_refused(again) == 0, "the last blocks are for acknowledgements"
+    (info,) = again.lanes()
+    again.acknowledge("a", info.epoch, 90)
+    for seq in range(101, 180):
+        assert again.append("a", os.urandom(13_000), 1, Hands()()).seq == seq
+    assert append_until_refused(again) < 30
+    again.close()
+    once_more = buffer_at(path)
+    assert held(once_more, "a", info.epoch)[0] == 91
     once_more.close()
 
 

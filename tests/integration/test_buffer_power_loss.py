@@ -6,7 +6,7 @@ standard library's SQLite.
 
 Mutants tried, each made a test here fail: `synchronous` OFF and NORMAL (kept as tests below); `Ledger.settle` doing
 nothing, so that numbers of deleted batches are given again (kept below); the deletion of acknowledged batches and the
-new `last_seq` in two transactions; salvaging into the file's own place.
+new `last_seq` in two transactions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pytest
 
 from edge_agent.buffer.ledger import Ledger
-from edge_agent.buffer.port import NewBatch, OpenedKind, StreamCaps, WhenFull
+from edge_agent.buffer.port import LaneInfo, NewBatch, OpenedKind, StreamCaps, WhenFull
 from edge_agent.buffer.sqlite import SqliteBuffer
 from tests.contract.buffer_suite import Hands, body_of
 from tests.integration.buffer_disk import SUFFIXES, Disk, crashed, memory_folder
@@ -56,8 +56,8 @@ def folder() -> Iterator[Path]:
         yield folder
 
 
-def buffer_at(path: Path, **options: object) -> SqliteBuffer:
-    return SqliteBuffer(path, CAPS, BYTES_MAX, Hands(), "board", **options)  # type: ignore[arg-type]
+def buffer_at(path: Path, now: Hands | None = None, **options: object) -> SqliteBuffer:
+    return SqliteBuffer(path, CAPS, BYTES_MAX, now or Hands(), "board", **options)  # type: ignore[arg-type]
 
 
 def look(buffer: SqliteBuffer, events: int) -> Known:
@@ -85,7 +85,7 @@ def run(folder: Path, operations: int, seed: int, statements: dict[str, str]) ->
     disk = Disk(path)
     disk.pragmas.update(statements)
     promises = Promises(disk, [Known(0, {}, {}, {})], set())
-    buffer = buffer_at(path, connect=disk.connect, wal_bytes_max=8 * 1024)
+    buffer = buffer_at(path, now, connect=disk.connect, wal_bytes_max=8 * 1024)
 
     def append() -> None:
         rows = rng.choice([2, 20, 150])
@@ -97,7 +97,13 @@ def run(folder: Path, operations: int, seed: int, statements: dict[str, str]) ->
 
     def acknowledge() -> None:
         info = rng.choice(buffer.lanes())
-        seq = rng.choice([info.last_seq, rng.randint(0, info.last_seq)])
+        acknowledge_up_to(info, rng.choice([info.last_seq, rng.randint(0, info.last_seq)]))
+
+    def acknowledge_everything() -> None:
+        for info in buffer.lanes():
+            acknowledge_up_to(info, info.last_seq)
+
+    def acknowledge_up_to(info: LaneInfo, seq: int) -> None:
         for known in promises.known[-1].held:
             if known[:2] == (info.stream, info.epoch) and known[2] <= seq:
                 promises.acknowledged.add(known)
@@ -110,22 +116,15 @@ def run(folder: Path, operations: int, seed: int, statements: dict[str, str]) ->
     def restart() -> None:
         nonlocal buffer
         buffer.close()
-        buffer = buffer_at(path, connect=disk.connect, wal_bytes_max=8 * 1024)
+        buffer = buffer_at(path, now, connect=disk.connect, wal_bytes_max=8 * 1024)
 
     def maintain() -> None:
         now.pass_s(6)
         buffer.maintain()
 
     choices: list[Callable[[], None]] = [append] * 8 + [append_many, acknowledge, acknowledge, maintain, open_epoch]
-    script = [
-        append,
-        append_many,
-        *(rng.choice(choices) for _ in range(operations)),
-        restart,
-        append,
-        acknowledge,
-        append,
-    ]
+    drawn = [rng.choice(choices) for _ in range(operations)]
+    script = [append, append_many, *drawn, acknowledge_everything, maintain, restart, append, acknowledge, append]
     for operation in script:
         operation()
         promises.known.append(look(buffer, len(disk.events)))
