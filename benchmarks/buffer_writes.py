@@ -46,7 +46,8 @@ def measure(folder: Path = ROOT) -> list[Result]:
     for rows in ROWS:
         bodies = _bodies(rows)
         for situation, (step, streams) in _SITUATIONS.items():
-            ratios, latencies_ms = zip(*(_run(folder, bodies, step, streams) for _ in range(RUNS)), strict=True)
+            runs = [_run(folder, bodies, step, streams) for _ in range(RUNS)]
+            ratios, latencies_ms = [ratio for ratio, _ in runs], [latency for _, latency in runs]
             name = f"card_bytes_per_payload_byte_{situation}_{rows}_rows"
             results.append(result(name, ratios, "B/B", f"target, at most {TARGET:g}", TARGET))
             if situation in ("online", "offline"):

@@ -6,9 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import msgspec
+from typing import NamedTuple
 
 from edge_agent.buffer.port import LaneInfo
 from headwater import output, render
@@ -17,6 +15,7 @@ from headwater.ledger import LaneKey, Ledger, Totals, lanes_of, quantile_s
 from headwater.plan import UpOptions, stream_name
 from headwater.reconcile import Balance, balance
 from headwater.render import milliseconds
+from headwater.result import AckMs, Answer, DemoResult, StreamResult
 from headwater.running import introduce, sayer
 from headwater.signals import stopping
 from headwater.stack.folder import DataFolder
@@ -26,72 +25,6 @@ from headwater.up import Stack
 from headwater.values import Values, compare
 from lake.query import Lake
 from lake.store import Store
-
-
-class AckMs(msgspec.Struct, frozen=True):
-    """Time from the first sending of a batch to its acknowledgement, milliseconds: quantiles of a histogram."""
-
-    p50: float | None
-    p99: float | None
-
-
-class StreamResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One stream of one device."""
-
-    device: str
-    stream: str
-    rows_accepted: int
-    rows_in_lake: int
-    distinct: int
-    lost: int
-    duplicated: int
-    gaps: int
-    waiting: int
-
-
-class Answer(msgspec.Struct, frozen=True):
-    """A question, and what the lake says."""
-
-    question: str
-    rows: list[dict[str, Any]]
-
-
-class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The reconciliation of one run. The names are a contract."""
-
-    ok: bool
-    """Nothing lost, doubled, changed, quarantined or still waiting."""
-    rows_accepted: int
-    """Readings that the devices' buffers accepted."""
-    rows_in_lake: int
-    distinct: int
-    lost: int
-    duplicated: int
-    gaps: int
-    """Batches missing between others, as the lake's own view counts them."""
-    quarantined: int
-    waiting: int
-    """Readings that were still in buffers when the devices' time to send was over."""
-    rows_compared: int
-    rows_changed: int
-    """Readings whose bits in the lake are not those of the recording."""
-    breaks: int
-    """Places where a recording jumps in the lake although no agent was started anew."""
-    exact: bool
-    """Whether the count of accepted readings is proved complete by the buffers' numbering; false where an agent was
-    killed, whose last count nobody saw."""
-    seconds: float
-    """How long devices measured."""
-    readings_per_s: float
-    ack_ms: AckMs
-    wire_bytes_per_reading: float
-    """MQTT payloads of all streams, repeats among them, over all readings accepted."""
-    overruns: int
-    """Readings that devices were too busy to take: they never reached a buffer."""
-    agent_resident_bytes_max: int
-    restarts: dict[str, int]
-    streams: list[StreamResult]
-    answers: list[Answer]
 
 
 def run_demo(options: UpOptions, environment: Mapping[str, str], *, json: bool) -> bool:

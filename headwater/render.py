@@ -7,13 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from headwater import output
 from headwater.ledger import Totals, quantile_s
-
-if TYPE_CHECKING:
-    from headwater.demo import DemoResult
+from headwater.result import DemoResult
 
 PLAIN_S = 10.0
 """Between two lines of progress where nobody watches a terminal."""
