@@ -185,7 +185,7 @@ def settle_apart(job: Job, table: StreamTable, quarantine: QuarantineTable) -> t
     return (
         Outcome(
             committed={lane: committed[lane] for outcome in outcomes for lane in outcome.committed} | marks,
-            missing={lane: seq for lane, seq in missing.items() if lane not in isolated},
+            missing=missing,
             counters=counters,
             foreign_shards=frozenset(shard for outcome in outcomes for shard in outcome.foreign_shards),
             batches=sum(outcome.batches for outcome in outcomes),

@@ -52,11 +52,23 @@ def test_a_device_that_could_not_be_told_is_told_the_latest_when_the_broker_is_b
     acks, broker, _ = make()
     broker.up = False
     acks.acknowledge(STREAM, {LANE: 3})
+    acks.acknowledge(STREAM, {Lane("pi-2", EPOCH): 5})
     assert not acks.publish_waiting()
     acks.acknowledge(STREAM, {LANE: 9})
     broker.up = True
     assert acks.publish_waiting()
-    assert [decode(payload, Ack).committed[0].seq for _, payload, _, _ in broker.messages] == [9]
+    told = [(topic, decode(payload, Ack).committed[0].seq) for topic, payload, _, _ in broker.messages]
+    assert told == [(topics.ack("pi-1"), 9), (topics.ack("pi-2"), 5)]
+
+
+def test_a_device_whose_document_the_broker_refused_is_told_though_nothing_new_happens():
+    acks, broker, _ = make()
+    broker.up = False
+    acks.acknowledge(STREAM, {LANE: 3})
+    assert not acks.publish_waiting()
+    broker.up = True
+    assert acks.publish_waiting()
+    assert len(broker.messages) == 1
 
 
 def test_a_document_holds_the_64_most_recent_watermarks():

@@ -1,7 +1,7 @@
 """A flush says how it went and never throws; one that trips over a bug commits all that the bug does not touch.
 
-Mutants tried, each found here: judging the halves of a lane out of order; acknowledging what was left out; asking a
-lane that is left out to rewind; bisecting for ever when everything fails; keeping a handle after credentials change.
+Mutants tried, each found here: judging the halves of a lane out of order; acknowledging what was left out; bisecting
+for ever when everything fails; keeping a table's handle after credentials changed.
 """
 
 from __future__ import annotations

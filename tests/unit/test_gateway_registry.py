@@ -2,7 +2,7 @@
 
 Mutants tried, each found here: taking the revision from memory instead of the table; writing rows for devices of
 another replica; forgetting what was heard before the table was read; dropping rows that could not be written;
-publishing only once; blocking on a full queue.
+publishing only once; a queue without a bound.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The shortcut to a table's application transactions says what delta-rs says, or that it cannot tell.
 
-Mutants tried, each made a test here fail: the checkpoint left out; commits before the checkpoint read again over it;
-a checkpoint beyond the asked version taken; a log with a hole believed; nothing forgotten with the table.
+Mutants tried, each made a test here fail: the checkpoint left out; all commits read over the checkpoint; a
+checkpoint beyond the asked version taken; a checkpoint in parts overlooked; no way back; nothing forgotten with the
+table.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From batches to files: order, lineage, dates, statistics, encodings.
 
-Mutants tried, each made a test here fail: batches not sorted; row numbers counted over the flush; row numbers of a
-thinned batch counted; clocks swapped between batches; NULL columns of another schema shifted; statistics rounded
-inwards; a statistic written for a year beyond 9999; the date of the first row taken for all.
+Mutants tried, each made a test here fail: row numbers counted over the flush; row numbers of a thinned batch
+counted; pieces of several schemas put in the wrong place; statistics rounded inwards; a statistic for a year beyond
+9999; the first date taken for all; the date taken from `ts` whatever its distance.
 """
 
 from __future__ import annotations

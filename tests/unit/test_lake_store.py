@@ -1,6 +1,6 @@
 """Settings of a store are checked once, at the rim; secrets do not show; writes last.
 
-Mutants tried, each made a test here fail: plain http allowed by itself; the secret in the representation; a file
+Mutants tried, each made a test here fail: plain http allowed by itself; the representation left as it is; a file
 written in place; a half-written file left behind.
 """
 

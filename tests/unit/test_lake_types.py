@@ -1,7 +1,7 @@
 """Storage types: what becomes of each wire type, what a column says of it, and what a column takes.
 
-Mutants tried, each made a test here fail: labels not compared; a timestamp of another unit taken; int64 taken into
-float64; a struct's new field dropped; case of struct fields not compared; a list<null> deciding the type of a column.
+Mutants tried, each made a test here fail: labels not compared; int64 taken into float64; a struct's new field
+dropped; case of struct fields not compared; a list<null> deciding the type of a column.
 """
 
 from __future__ import annotations
