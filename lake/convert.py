@@ -123,18 +123,12 @@ def _nothing(length: int, wire: pa.DataType) -> pa.Array:
 
 
 def _encoded(array: pa.Array, wire: pa.DictionaryType) -> pa.DictionaryArray:
-    """Dictionary-encode by bits: two NaNs with different payloads, and 0.0 and −0.0, are different values."""
-    values = from_storage(array, wire.value_type)
     kind = wire.value_type
-    if pa.types.is_floating(kind):
-        encoded = values.view(_UNSIGNED[kind.bit_width]).dictionary_encode()
-        dictionary = encoded.dictionary.view(kind)
-    else:
-        small = pa.types.is_decimal(kind) and kind.bit_width < 128  # for these Arrow has no encoder
-        through = pa.decimal128(kind.precision, kind.scale) if small else kind
-        encoded = values.cast(through).dictionary_encode()
-        dictionary = encoded.dictionary.cast(kind)
-    return pa.DictionaryArray.from_arrays(encoded.indices.cast(wire.index_type), dictionary, ordered=wire.ordered)
+    small = pa.types.is_decimal(kind) and kind.bit_width < 128  # for these Arrow has no encoder
+    values = from_storage(array, pa.decimal128(kind.precision, kind.scale) if small else kind)
+    encoded = values.dictionary_encode()
+    indices, dictionary = encoded.indices.cast(wire.index_type), encoded.dictionary.cast(kind)
+    return pa.DictionaryArray.from_arrays(indices, dictionary, ordered=wire.ordered)
 
 
 def _struct(children: list[pa.Array], kind: pa.StructType, like: pa.Array) -> pa.StructArray:

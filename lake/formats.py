@@ -134,9 +134,10 @@ def _times(array: pa.Array) -> list[str | None]:
     if pa.types.is_date64(kind):
         values = values.astype("datetime64[D]")
     zone = "Z" if pa.types.is_timestamp(kind) and kind.tz else ""
-    texts = np.datetime_as_string(values).tolist()
-    # The lowest number is numpy's "not a time".
-    return [f"{text}{zone}" if valid else None for text, valid in zip(texts, array.is_valid().to_pylist(), strict=True)]
+    texts = (f"{text}{zone}" for text in np.datetime_as_string(values).tolist())
+    # The lowest number of 64 bits is numpy's "not a time": it stays a number.
+    texts = (f"{-(2**63)} {unit}" if text.startswith("NaT") else text for text in texts)
+    return [text if valid else None for text, valid in zip(texts, array.is_valid().to_pylist(), strict=True)]
 
 
 def _pieces(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -1,9 +1,8 @@
 """What a lake promises to who asks it, and what its small tables promise. Inherited per kind of store.
 
-Mutants tried, each made a test here fail: views made once and never again; the version left out of `delta_scan`; a time
-taken from the files' modification times; gaps counted from the first seq that is there; quarantine not subtracted;
-repeats of quarantine shown; statements other than SELECT let through; external access left on; check-and-set without
-the check.
+Mutants tried, each made a test here fail: the version left out of `delta_scan`; gaps counted from the first seq that is
+there; quarantine not subtracted; repeats of quarantine shown; statements other than SELECT let through; external access
+left on; check-and-set without the look before, and without the application transaction.
 """
 
 from __future__ import annotations

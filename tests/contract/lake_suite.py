@@ -1,10 +1,11 @@
 """What every store and every raw table promises. A test class per implementation inherits a suite and says how to
 make one.
 
-Mutants tried in `lake.raw` and `lake.memory`, each made a test here fail: application transactions left out of the
-commit; the lane's but not the shard's; a table that exists taken as its own; no check of the version after columns were
-added; columns added after the commit; `unfit` judged against the table alone; `unfit` remembered beyond a refresh;
-watermarks read from the latest version instead of the refreshed one; the date taken from `ts` whatever its distance.
+Mutants tried in `lake.delta`, `lake.raw` and `lake.memory`, each made a test here or in `test_lake_file.py` fail:
+commits without application transactions; without the lanes'; without the shards'; a table that exists taken as ones
+own; no check of the version after columns were added; `unfit` judged against the table alone, and remembered beyond
+a refresh; batches not sorted; in memory: watermarks of the latest version instead of the refreshed one, columns that
+changed ignored.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Read from outside: other readers see the same rows in an uncompacted table, without Headwater."""
+"""Read from outside: other readers see the same rows in an uncompacted table, without Headwater.
+
+Mutants tried, each made a test here fail: wrong bounds of `_seq`, and of `ts`, in the statistics of files.
+"""
 
 from __future__ import annotations
 

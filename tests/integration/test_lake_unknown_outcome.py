@@ -1,7 +1,6 @@
 """When the store took a write and the answer was lost, nothing is committed twice and nothing is lost.
 
-Mutants tried, each made a test here fail: commits without application transactions; a table that already exists
-taken as just made; a retry that appends again without looking at the watermark.
+Mutant tried, made a test here fail: commits without application transactions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Untransformed: whatever the contract carries comes back from the lake equal to the bit.
 
-Mutants tried, each made a test here fail: see the docstrings below.
+Mutants tried, each made a test here fail: NaNs widened by a cast; the offset of a slice ignored, of numbers and of
+fixed-size lists; rows given back in another order.
 """
 
 from __future__ import annotations
