@@ -84,6 +84,8 @@ What a device does
   Until the first ack of a (stream, epoch) since it started it sends one batch only. An ack beyond what it sent since
   it started, and beyond what its buffer had assigned when it started, shows that the buffer went back in time (a
   restored card): it moves the batches stored since it started to a new epoch, and believes the ack for the rest.
+  An epoch that it finds in its buffer at start, with nothing left to send in it, it continues only if a retained ack
+  shows that the lake has all of it; otherwise it opens a new epoch: nobody else could tell that the buffer is old.
 * On a rewind to `expected`, and when no ack came for `ack_timeout`, it sends again from its lowest held seq ≥
   `expected` (or from its floor). Timeouts back off with jitter while nothing is acknowledged.
 * Evicting gives up batches without sending; their seqs are not used again, so a hole remains: the gap in the lake.
