@@ -36,9 +36,10 @@ _SCHEMA = (
     "CREATE TABLE batches (key INTEGER PRIMARY KEY, rows INTEGER NOT NULL, wall_us INTEGER NOT NULL, "
     "monotonic_us INTEGER NOT NULL, synced INTEGER NOT NULL, boot BLOB NOT NULL, crc32 INTEGER NOT NULL, "
     "level INTEGER NOT NULL, body BLOB NOT NULL)",
-    # last_seq lags behind while the batch with the highest seq is stored; it is written before that batch goes.
+    # last_seq lags behind while the batch with the highest seq is stored; it is written before that batch goes. acked
+    # is written only where there is more to delete than one transaction should.
     "CREATE TABLE lanes (lane INTEGER PRIMARY KEY, base INTEGER NOT NULL, stream TEXT NOT NULL, epoch TEXT NOT NULL, "
-    "live INTEGER NOT NULL, last_seq INTEGER NOT NULL)",
+    "live INTEGER NOT NULL, last_seq INTEGER NOT NULL, acked INTEGER NOT NULL DEFAULT 0)",
     "CREATE TABLE owner (fingerprint TEXT NOT NULL)",
 )
 

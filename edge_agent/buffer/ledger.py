@@ -90,10 +90,10 @@ class Lane:
 def load(query: Query) -> dict[int, Lane]:
     """Read all lanes, and count what they hold."""
     lanes: dict[int, Lane] = {}
-    for number, base, stream, epoch, live, saved_seq in query(
-        "SELECT lane, base, stream, epoch, live, last_seq FROM lanes ORDER BY lane", ()
+    for number, base, stream, epoch, live, saved_seq, acked in query(
+        "SELECT lane, base, stream, epoch, live, last_seq, acked FROM lanes ORDER BY lane", ()
     ):
-        lane = Lane(number, base, stream, epoch, bool(live), saved_seq, saved_seq=saved_seq)
+        lane = Lane(number, base, stream, epoch, bool(live), saved_seq, saved_seq=saved_seq, acked=acked)
         if live:
             # Nothing lies behind a live lane: the next one begins beyond its last possible key.
             end = ((base >> SEQ_BITS) + 1) << SEQ_BITS
@@ -101,6 +101,10 @@ def load(query: Query) -> dict[int, Lane]:
             lane.last_seq = max(saved_seq, (top or base) - base)
         lane.last_seq_at_open = lane.last_seq
         count(lane, query)
+        lane.dead_batches, lane.dead_bytes = query(
+            "SELECT count(*), ifnull(sum(length(body)), 0) FROM batches WHERE key > ? AND key <= ?",
+            (lane.base, lane.key(lane.acked)),
+        )[0]
         lanes[number] = lane
     return lanes
 
@@ -244,6 +248,8 @@ class Ledger:
                 lane.dead_batches = lane.dead_bytes = 0
             else:
                 lane.dead_batches = max(1, lane.dead_batches - deleted)
+                # The rest may take a while; a restart in between shall not bring it back.
+                self._execute("UPDATE lanes SET acked = ? WHERE lane = ?", (lane.acked, lane.lane))
         self._sweep(lane)
 
     def own(self, fingerprint: str) -> None:

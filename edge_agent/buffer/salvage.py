@@ -35,6 +35,8 @@ class LaneRow(NamedTuple):
     """Whether `last_seq` is the last there is. What a running process did not store, although it may stand in the
     file, was refused to whoever brought it, and is brought again."""
     last_seq: int
+    acked: int
+    """Up to this nothing is needed any more."""
 
 
 def salvage(old: Connection, new: Connection, known: Sequence[LaneRow]) -> int:
@@ -64,7 +66,7 @@ def salvage(old: Connection, new: Connection, known: Sequence[LaneRow]) -> int:
 
 def _read_lanes(old: Connection) -> list[LaneRow]:
     try:
-        rows = old.execute("SELECT base, stream, epoch, NOT live, last_seq FROM lanes ORDER BY lane").fetchall()
+        rows = old.execute("SELECT base, stream, epoch, NOT live, last_seq, acked FROM lanes ORDER BY lane").fetchall()
     except sqlite3.Error as error:
         _log.warning("buffer_salvage_impossible", error=str(error))
         return []
@@ -75,7 +77,7 @@ def _read_lanes(old: Connection) -> list[LaneRow]:
 def _copy_lane(old: Connection, new: Connection, lane: LaneRow, number: int) -> int:
     base, copied, top = number << SEQ_BITS, 0, 0
     end = lane.base + lane.last_seq + 1 if lane.complete else ((lane.base >> SEQ_BITS) + 1) << SEQ_BITS
-    key, failures = lane.base, 0
+    key, failures = lane.base + lane.acked, 0
     while failures < UNREADABLE_IN_A_ROW_MAX:
         try:
             row = old.execute(

@@ -73,8 +73,8 @@ class SqliteBuffer:
         Args:
             path: the database file; its folder is created.
             caps: caps by stream.
-            bytes_max: cap of the whole buffer, bytes of bodies. The file stays within about 1.1 times this for batches
-                of some hundred bytes or more, plus the log and the reserve.
+            bytes_max: cap of the whole buffer, bytes of bodies. The file stays within 1.25 times this for batches of
+                500 bytes or more, plus twice the log and the reserve.
             now: the device's clocks.
             fingerprint: of this board's hardware (`edge_agent.identity`).
             default_caps: caps of streams without their own.
@@ -211,7 +211,7 @@ class SqliteBuffer:
         with self._lock:
             if self._closed:
                 return
-            self._delete(self._delete_all)
+            self._delete(self._delete_at_close)
             self._closed = True
             self._db.close()
 
@@ -250,9 +250,9 @@ class SqliteBuffer:
             if self._is_due(lane, now):
                 ledger.delete_acknowledged(lane, DELETED_BATCHES_MAX)
 
-    def _delete_all(self, ledger: Ledger) -> None:
+    def _delete_at_close(self, ledger: Ledger) -> None:
         for lane in list(ledger.lanes.values()):
-            ledger.delete_acknowledged(lane, None)
+            ledger.delete_acknowledged(lane, DELETED_BATCHES_MAX)
 
     def _is_due(self, lane: Lane, now: Clock) -> bool:
         return lane.dead_batches > 0 and (
@@ -355,7 +355,7 @@ class SqliteBuffer:
     def _replace(self, error: CorruptFileError) -> str:
         self._damages += 1
         before = [lane for lane in self._lanes.values() if lane.shown]
-        known = [LaneRow(lane.base, lane.stream, lane.epoch, True, lane.last_seq) for lane in before]
+        known = [LaneRow(lane.base, lane.stream, lane.epoch, True, lane.last_seq, lane.acked) for lane in before]
         copied = 0
 
         def rescue(old: Connection, new: Connection) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from contract.errors import ConfigurationError
 from edge_agent.buffer import files
-from edge_agent.buffer.port import Eviction, OpenedKind
+from edge_agent.buffer.port import Eviction, NewBatch, OpenedKind
 from edge_agent.buffer.sqlite import SqliteBuffer
 from tests.contract.buffer_suite import PLENTY, ROOMY, Hands, held, lane_of
 from tests.integration.buffer_disk import memory_folder
@@ -341,3 +341,23 @@ def test_an_epoch_whose_numbers_are_used_up_is_followed_by_another(path: Path) -
     assert held(buffer, "a", epoch) == [1, 2, 3, 2**40 - 1]
     assert held(buffer, "a", new.epoch) == [1]
     buffer.close()
+
+
+def test_a_large_acknowledgement_is_worked_off_bit_by_bit_also_over_a_restart(path: Path) -> None:
+    buffer = buffer_at(path)
+    new = [NewBatch("a", b"x", 1, Hands()()) for _ in range(5_000)]
+    epoch = buffer.append_many(new)[0].epoch
+    stored = "SELECT count(*) FROM batches"
+    assert buffer.acknowledge("a", epoch, 4_990) == 4_990
+    buffer.maintain()
+    assert 10 < buffer._db.query(stored)[0][0] < 5_000
+    assert buffer.floor("a", epoch) == 4_991
+    buffer.close()
+    again = buffer_at(path)
+    assert again.floor("a", epoch) == 4_991
+    assert lane_of(again, "a", epoch).batches == 10
+    for _ in range(4):
+        again.maintain()
+    assert again._db.query(stored)[0][0] == 10
+    assert held(again, "a", epoch) == list(range(4_991, 5_001))
+    again.close()
