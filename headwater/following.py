@@ -58,7 +58,7 @@ def rows_as_items(columns: list[npt.NDArray[np.generic]]) -> npt.NDArray[np.void
     Args:
         columns: arrays of fixed-size types, each `[rows]`.
     """
-    parts = [np.ascontiguousarray(column).view(np.uint8).reshape(len(column), -1) for column in columns]
+    parts = [np.ascontiguousarray(column).view(np.uint8).reshape(len(column), column.itemsize) for column in columns]
     joined = np.ascontiguousarray(np.hstack(parts))
     return joined.view(np.dtype((np.void, joined.shape[1]))).reshape(-1)
 

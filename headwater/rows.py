@@ -16,7 +16,7 @@ def write_rows(batches: Iterable[pa.RecordBatch], form: str) -> None:
 
     Args:
         batches: at least one, for the schema's sake.
-        form: `table` for a person, at most TABLE_ROWS_MAX rows; `json` (an array), `jsonl`, `csv`, `arrow` (a stream) or
+        form: `table` for a person, at most TABLE_ROWS_MAX rows; `json` (an array), `jsonl`, `csv`, `arrow` (stream) or
             `parquet`, complete.
     """
     if form != "table":
