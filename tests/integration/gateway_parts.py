@@ -326,6 +326,18 @@ class Devices:
         with self._lock:
             return sum(lane.batches for buffer in self._buffers.values() for lane in buffer.lanes())
 
+    def acknowledged(self) -> set[tuple[str, str, int]]:
+        """(device, epoch, seq) of every batch that a device let go of."""
+        with self._lock:
+            held = set()
+            for name, buffer in self._buffers.items():
+                for lane in buffer.lanes():
+                    seq = 0
+                    while (batch := buffer.peek(self.stream, lane.epoch, seq)) is not None:
+                        seq = batch.seq
+                        held.add((name, lane.epoch, seq))
+            return self.accepted.keys() - held
+
     def wait_drained(self, timeout_s: float = 60.0) -> None:
         """Wait until everything is acknowledged."""
         wait_until(lambda: self.waiting == 0, timeout_s, f"acknowledged: {self.waiting} batches wait")
