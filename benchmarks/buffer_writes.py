@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pyarrow as pa
+import structlog
 
 from benchmarks.report import Result, result
 from contract.batches import TS_TYPE, Clock
@@ -180,7 +181,9 @@ def main() -> int:
     """Print one JSON object per figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, default=ROOT, help="a folder on the disk to measure")
-    for one in measure(parser.parse_args().dir):
+    folder = parser.parse_args().dir
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    for one in measure(folder):
         print(msgspec.json.encode(one).decode())
     return 0
 
