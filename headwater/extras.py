@@ -21,6 +21,15 @@ class ExtraMissing(ConfigurationError):
     """A part of Headwater was asked for whose packages are not installed."""
 
 
+def own(extra: str) -> list[str]:
+    """Modules that nothing else brings: their presence shows that somebody wanted this extra.
+
+    numpy is nobody's: pyarrow is often installed beside it.
+    """
+    others = {module for name, modules in MODULES.items() if name != extra for module in modules}
+    return [module for module in MODULES[extra] if module not in others and module != "numpy"]
+
+
 def missing(extra: str) -> list[str]:
     """Modules of an extra, and of those it includes, that are not installed. Nothing is imported."""
     wanted = [module for name in (*INCLUDES.get(extra, ()), extra) for module in MODULES[name]]

@@ -42,13 +42,13 @@ def check_extras() -> list[Finding]:
     findings = []
     for extra in extras.MODULES:
         gone = extras.missing(extra)
-        name = f"host.extra.{extra}"
+        own = extras.own(extra)
+        name, remedy = f"host.extra.{extra}", f"run: pip install 'headwater[{extra}]'"
         if not gone:
             findings.append(ok(name, "installed"))
-        elif len(gone) == len(extras.MODULES[extra]):
-            findings.append(skipped(name, f"not installed; for it run: pip install 'headwater[{extra}]'"))
+        elif set(own) <= set(gone):
+            findings.append(skipped(name, f"not installed; for it {remedy}"))
         else:
-            remedy = f"run: pip install 'headwater[{extra}]'"
             findings.append(failed(name, f"installed in part: {', '.join(gone)} missing", remedy))
     return findings
 
