@@ -35,6 +35,8 @@ BACKOFF_BASE_S, BACKOFF_MAX_S = 0.25, 15.0
 """Ceiling of the pause after a failed flush: doubles from the one to the other; drawn from its upper half."""
 CONFLICT_BASE_S, CONFLICT_MAX_S = 0.02, 2.0
 """The same after another gateway committed first: the lake is well, only the turn is lost."""
+COMMIT_BYTES_MAX = 64 * 1024 * 1024
+"""Memory held by the batches of one commit."""
 STREAM_SHARE = 0.75
 """Of the memory, what one stream may hold: some is left for the others."""
 FAILING_SHARE = 0.5
@@ -254,9 +256,11 @@ class Engine:
         return None
 
     def _begin(self, stream: _Stream) -> None:
-        batches, committed, counters = stream.flow.take()
+        batches, committed, counters = stream.flow.take(COMMIT_BYTES_MAX)
         stream.job = Job(stream.name, batches, committed, counters, stream.faults >= APART_AFTER)
-        stream.job_bytes, stream.pending_bytes, stream.pending_batches = stream.pending_bytes, 0, 0
+        stream.job_bytes = sum(batch.held_bytes for batch in batches)
+        stream.pending_bytes -= stream.job_bytes
+        stream.pending_batches -= len(batches)
         self._running += 1
         assert self._pool is not None
         self._pool.submit(stream.job)

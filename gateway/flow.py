@@ -78,9 +78,23 @@ class Flow:
             self._pending.append(batch)
         return Reply(verdict, state.committed, expected)
 
-    def take(self) -> tuple[Sequence[Pending], Mapping[Lane, int], Mapping[int, int]]:
-        """Begin to commit all that is pending: the batches, the watermarks and the counters to hand to `settle`."""
-        self._committing, self._pending = self._pending, []
+    def take(self, bytes_max: int) -> tuple[Sequence[Pending], Mapping[Lane, int], Mapping[int, int]]:
+        """Begin to commit what is pending, oldest first.
+
+        Args:
+            bytes_max: memory that the batches of one commit hold together; one batch always may. Writing them takes as
+                much again, and devices wait for the whole commit.
+
+        Returns:
+            The batches, the watermarks and the counters to hand to `settle`.
+        """
+        count = held = 0
+        for batch in self._pending:
+            held += batch.held_bytes
+            if count and held > bytes_max:
+                break
+            count += 1
+        self._committing, self._pending = self._pending[:count], self._pending[count:]
         lanes = {batch.lane for batch in self._committing}
         committed = {lane: mark for lane in lanes if (mark := self._lanes[lane].committed) is not None}
         return self._committing, committed, dict(self._counters)

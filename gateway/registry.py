@@ -25,7 +25,7 @@ from contract.limits import CONTROL_BYTES_MAX, DEFAULT_LIMITS
 from contract.messages import Desired, DesiredStream, Presence, Reported, decode, encode
 from contract.names import is_name, shard_of
 from gateway.acknowledger import Publish
-from gateway.devices import DESIRED, Device, DeviceBook, DeviceEvent
+from gateway.devices import DESIRED, REPORTED_BYTES_MAX, Device, DeviceBook, DeviceEvent
 from gateway.ingress import wall_us
 from gateway.metrics import GatewayMetrics
 from gateway.settings import RegistrySettings
@@ -133,7 +133,12 @@ class Registry:
         metrics.watch("registry_waiting", "Changes to be written", lambda: len(self._rows), settings.queued_rows_max)
         metrics.watch("devices", "Devices in memory", lambda: len(self._book), settings.devices_max)
         metrics.watch("devices_online", "Devices that are online", self._online)
-        metrics.watch("desired_waiting", "Desired documents to be published", lambda: len(self._to_publish))
+        metrics.watch(
+            "desired_waiting", "Desired documents to publish", lambda: len(self._to_publish), settings.devices_max
+        )
+        metrics.watch(
+            "reported_bytes", "Reported documents in memory", lambda: self._book.reported_bytes, REPORTED_BYTES_MAX
+        )
 
     def start(self) -> None:
         """Begin: read the table, then keep it."""

@@ -1,4 +1,4 @@
-"""The register of devices over a real broker and lake: presence, reports, desired documents, and a broker that forgets."""
+"""The register of devices over a real broker and lake: presence, reports, desired documents, a broker that forgets."""
 
 from __future__ import annotations
 
