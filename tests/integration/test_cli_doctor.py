@@ -1,0 +1,116 @@
+"""The doctor finds what is wrong with real servers, says what to do, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from contract.limits import DEFAULT_LIMITS
+from headwater.checks import host
+from headwater.checks.broker import BrokerLogin, check_broker
+from headwater.checks.findings import Finding, Verdict
+from headwater.checks.store import check_store
+from headwater.doctor import examine, verdict_of
+from headwater.lake_access import store_settings
+from headwater.stack.broker import MosquittoSettings
+from lake.store import StoreSettings
+from tests.integration.servers import BrokerServer, MqttClient, Servers, StoreServer, free_port
+from tests.integration.stacks import headwater
+
+
+def verdicts(findings: list[Finding]) -> dict[str, Verdict]:
+    return {finding.check: finding.verdict for finding in findings}
+
+
+def bad(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.check: finding for finding in findings if finding.verdict is Verdict.FAILED}
+
+
+def test_a_good_broker_passes_and_keeps_nothing_of_the_examination(any_broker: BrokerServer) -> None:
+    findings = check_broker(BrokerLogin(url=any_broker.url))
+    assert bad(findings) == {}
+    assert {"broker.qos1", "broker.retained", "broker.payload", "broker.client_id"} <= set(verdicts(findings))
+    with MqttClient(any_broker.url, "after-the-doctor") as reader:
+        reader.subscribe("hw/v1/doctor/#")
+        reader.publish("hw/v1/doctor/end", b"end")
+        assert [message.payload for message in reader.receive_until(b"end")] == [b"end"]
+
+
+def test_a_broker_that_takes_too_little_is_told(servers: Servers) -> None:
+    small = servers.mosquitto(settings=MosquittoSettings(payload_bytes_max=1024 * 1024))
+    found = bad(check_broker(BrokerLogin(url=small.url)))
+    assert set(found) == {"broker.payload"}
+    assert f"{DEFAULT_LIMITS.payload_bytes_max:,}" in found["broker.payload"].detail
+    assert "max_packet_size" in found["broker.payload"].remedy
+
+
+def test_a_broker_that_is_not_there_is_told(tmp_path: Path) -> None:
+    port = free_port()
+    done = headwater("doctor", "--broker", f"mqtt://127.0.0.1:{port}", "--data", str(tmp_path), "--json")
+    assert done.returncode == 1
+    report = json.loads(done.stdout)
+    assert report["verdict"] == "failed"
+    (finding,) = [one for one in report["findings"] if one["check"] == "broker.connect"]
+    assert finding["verdict"] == "failed"
+    assert "--broker" in finding["remedy"]
+    text = headwater("doctor", "--broker", f"mqtt://127.0.0.1:{port}", "--data", str(tmp_path))
+    assert text.returncode == 1
+    assert finding["remedy"] in text.stdout.replace("\n", " ")
+
+
+def test_a_good_store_passes_and_a_wrong_key_is_told(object_store: StoreServer, tmp_path: Path) -> None:
+    good = store_settings(object_store.access)
+    assert bad(check_store(good)) == {}
+    wrong = StoreSettings(
+        url=good.url,
+        endpoint=good.endpoint,
+        access_key=good.access_key,
+        secret_key="wrong",
+        allow_http=True,
+        timeout_s=5,
+    )
+    found = bad(check_store(wrong))
+    assert set(found) == {"store.put_get"}
+    folder = check_store(StoreSettings(url=f"file://{tmp_path}/lake"))
+    assert bad(folder) == {}
+    assert [path for path in (tmp_path / "lake").rglob("*") if path.is_file()] == []
+
+
+def test_a_store_that_is_not_there_is_told() -> None:
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    away = StoreSettings(
+        url="s3://b/lake", endpoint=endpoint, access_key="a", secret_key="b", allow_http=True, timeout_s=2
+    )
+    found = bad(check_store(away))
+    assert {"store.put_get", "store.clock"} == set(found)
+    assert "AWS_" in found["store.put_get"].remedy
+
+
+def test_nothing_to_look_at_is_said_and_is_no_failure(tmp_path: Path) -> None:
+    findings = examine(
+        broker=None, lake=None, data=str(tmp_path), username=None, password_file=None, ca_file=None, environment={}
+    )
+    found = verdicts(findings)
+    assert (found["broker"], found["store"]) == (Verdict.SKIPPED, Verdict.SKIPPED)
+    assert verdict_of(findings) in (Verdict.OK, Verdict.WARNING)
+
+
+def test_extensions_of_another_version_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"duckdb": "1.5.5", "duckdb-extension-delta": "1.5.4", "duckdb-extension-httpfs": "1.5.5"}
+    monkeypatch.setattr(host, "version", versions.__getitem__)
+    finding = host.check_duckdb()
+    assert finding.verdict is Verdict.FAILED
+    assert "duckdb-extension-delta 1.5.4" in finding.detail
+    assert "duckdb-extension-delta==1.5.5" in finding.remedy
+
+
+def test_a_full_or_closed_folder_and_few_files_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "DISK_FREE_BYTES_MIN", 2**60)
+    assert host.check_disk(tmp_path / "not" / "made").verdict is Verdict.WARNING
+    monkeypatch.setattr(host.os, "access", lambda path, mode: False)
+    assert host.check_disk(tmp_path).verdict is Verdict.FAILED
+    monkeypatch.setattr(host.resource, "getrlimit", lambda which: (256, 4096))
+    assert "ulimit -n" in host.check_open_files().remedy
