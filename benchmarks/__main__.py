@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from benchmarks import agent, uplink, wire
+from benchmarks import agent, buffer_writes, uplink, wire
 from benchmarks.report import Report, Result, keep, machine, show
 
 ALL: dict[str, Callable[[], Sequence[Result]]] = {
     "wire": wire.measure,
     "uplink": uplink.measure,
     "agent": agent.measure,
+    "buffer": buffer_writes.measure,
 }
 
 

@@ -11,7 +11,7 @@ from contract.errors import ConfigurationError
 MODULES = {
     "edge": ("paho", "prometheus_client", "psutil"),
     "gateway": ("aiohttp", "deltalake", "duckdb", "numpy", "obstore", "paho", "prometheus_client"),
-    "simulators": ("boto3", "iotcore", "mqtt5"),
+    "simulators": ("iotcore", "mqtt5"),
 }
 """Extra → top-level modules that it brings. An extra is complete when all can be found."""
 INCLUDES = {"simulators": ("edge", "gateway")}

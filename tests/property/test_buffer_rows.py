@@ -1,6 +1,6 @@
 """Rows of every type pass through batcher and thinning with all their bits.
 
-Mutants tried, each made a test here fail: rows compared by value after a cast to float64 and back; a schema's metadata
+Mutants tried, each made a test here fail: a schema's metadata
 dropped when pieces are joined; thinning that numbers rows anew the second time.
 """
 

@@ -254,7 +254,16 @@ class World:
         except Rejected as refusal:
             content = refusal
         pending = Pending(
-            Lane(device, envelope.epoch), envelope.seq, envelope.floor, shard_of(device), 0, CLOCK, content, "", payload
+            Lane(device, envelope.epoch),
+            envelope.seq,
+            envelope.floor,
+            shard_of(device),
+            0,
+            CLOCK,
+            content,
+            "",
+            payload,
+            held_bytes=1,
         )
         reply = gateway.flow.offer(pending)
         if reply.verdict is Verdict.DUPLICATE and reply.committed:
@@ -269,7 +278,7 @@ class World:
         if gateway.committing or not gateway.flow.has_pending:
             return
         gateway.committing = True
-        pending, committed, counters = gateway.flow.take()
+        pending, committed, counters = gateway.flow.take(self.choices.integer(1, 6))
         try:
             outcome = settle(STREAM, FaultyTable(gateway.table, self), self, pending, committed, counters)
         except TemporaryError:

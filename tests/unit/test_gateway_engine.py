@@ -16,6 +16,7 @@ from gateway.budget import SHEDDING_S, MemoryBudget
 from gateway.committer import settle
 from gateway.engine import (
     BACKOFF_MAX_S,
+    COMMIT_BYTES_MAX,
     FAILING_SHARE,
     ISOLATION_S,
     STREAM_SHARE,
@@ -410,3 +411,21 @@ def test_every_figure_that_has_a_bound_shows_both():
         assert value(bench.metrics, f"{name}_max") > 0
     assert value(bench.metrics, "pending_bytes") == 1_000
     assert value(bench.metrics, "stream_lanes") == 1
+
+
+def test_one_commit_takes_no_more_than_its_share_and_the_rest_goes_right_after():
+    """Memory and waiting time of a commit are bounded, however much has come together."""
+    bench = Bench(bytes_max=4 * COMMIT_BYTES_MAX)
+    half = COMMIT_BYTES_MAX // 2
+    bench.arrive(1, 2, 3, held_bytes=half)
+    bench.due()
+    [job] = bench.pool.jobs
+    assert [batch.seq for batch in job.batches] == [1, 2]
+    assert bench.engine.views()[0].pending_bytes == half
+    bench.settle(bench.pool.jobs.pop(0))
+    bench.due()
+    [job] = bench.pool.jobs
+    assert [batch.seq for batch in job.batches] == [3]
+    bench.settle(bench.pool.jobs.pop(0))
+    assert (bench.engine.views()[0].pending_bytes, bench.budget.taken_bytes) == (0, 0)
+    assert bench.stored() == [("pi-1", 1), ("pi-1", 2), ("pi-1", 3)]
