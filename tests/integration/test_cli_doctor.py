@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from contract.limits import DEFAULT_LIMITS
@@ -63,14 +64,7 @@ def test_a_broker_that_is_not_there_is_told(tmp_path: Path) -> None:
 def test_a_good_store_passes_and_a_wrong_key_is_told(object_store: StoreServer, tmp_path: Path) -> None:
     good = store_settings(object_store.access)
     assert bad(check_store(good)) == {}
-    wrong = StoreSettings(
-        url=good.url,
-        endpoint=good.endpoint,
-        access_key=good.access_key,
-        secret_key="wrong",
-        allow_http=True,
-        timeout_s=5,
-    )
+    wrong = msgspec.structs.replace(good, secret_key="wrong", timeout_s=5.0)
     found = bad(check_store(wrong))
     assert set(found) == {"store.put_get"}
     folder = check_store(StoreSettings(url=f"file://{tmp_path}/lake"))
@@ -80,9 +74,8 @@ def test_a_good_store_passes_and_a_wrong_key_is_told(object_store: StoreServer, 
 
 def test_a_store_that_is_not_there_is_told() -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
-    away = StoreSettings(
-        url="s3://b/lake", endpoint=endpoint, access_key="a", secret_key="b", allow_http=True, timeout_s=2
-    )
+    keys = {"access_key": "a", "secret_key": "b"}
+    away = StoreSettings(url="s3://b/lake", endpoint=endpoint, **keys, allow_http=True, timeout_s=2.0)
     found = bad(check_store(away))
     assert {"store.put_get", "store.clock"} == set(found)
     assert "AWS_" in found["store.put_get"].remedy

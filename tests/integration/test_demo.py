@@ -14,7 +14,7 @@ from headwater.demo import DemoResult
 from headwater.ledger import Totals
 from headwater.plan import UpOptions, plan_devices, write_recordings
 from headwater.values import compare
-from tests.integration.servers import BrokerServer
+from tests.integration.servers import BrokerServer, StoreServer
 from tests.integration.stacks import Running, headwater
 
 # As the issue that founded the project lists them.
@@ -58,14 +58,26 @@ def test_a_demo_balances_and_answers_and_so_does_a_second_over_the_same_folder(t
 
 
 @pytest.mark.timeout(200)
-def test_a_demo_for_people_says_it_in_words(tmp_path: Path, mosquitto: BrokerServer) -> None:
-    lake = f"file://{tmp_path}/lake"
+def test_a_demo_for_people_says_it_in_words_over_servers_of_yours(
+    tmp_path: Path, mosquitto: BrokerServer, object_store: StoreServer
+) -> None:
+    access = object_store.access
+    environment = {
+        "AWS_ENDPOINT_URL": access.endpoint,
+        "AWS_ACCESS_KEY_ID": access.key,
+        "AWS_SECRET_ACCESS_KEY": access.secret,
+        "AWS_ALLOW_HTTP": "true",
+    }
+    lake = f"s3://{access.bucket}/demo-for-people"
     options = ("--seconds", "3", "--devices", "1", "--broker", mosquitto.url, "--lake", lake)
-    done = headwater("demo", "--data", str(tmp_path / "data"), *options, timeout_s=150)
+    done = headwater("demo", "--data", str(tmp_path / "data"), *options, timeout_s=150, **environment)
     assert done.returncode == 0, done.stderr
     assert "Every reading is in the lake exactly once." in done.stdout
     assert "lost              0" in done.stdout
     assert "Which exercise was the most vigorous" in done.stdout
+    # No key went into a file.
+    files = [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+    assert [path for path in files if access.secret.encode() in path.read_bytes()] == []
 
 
 @pytest.mark.timeout(200)
