@@ -1,8 +1,8 @@
-"""Parquet files as the lake writes them: zstd, an encoding per column chosen by a look at its values, no Arrow-only
-types.
+"""Parquet files as the lake writes them: zstd, no Arrow-only types, and an encoding per column after a look at its
+values.
 
-Measured (COMPONENTS of the project's design): BYTE_STREAM_SPLIT suits measured floats, DELTA_BINARY_PACKED suits
-times and counters, a dictionary suits whatever repeats, such as floats rounded to few digits.
+BYTE_STREAM_SPLIT suits measured floats, DELTA_BINARY_PACKED suits times and counters, a dictionary suits whatever
+repeats, such as floats rounded to few digits.
 """
 
 from __future__ import annotations

@@ -276,8 +276,12 @@ class Store:
         if self._folder is None or not self.settings.fsync:
             return
         with self._translated(f"sync {path}"):
-            _fsync(self._folder / path)
-            _fsync((self._folder / path).parent)
+            written = self._folder / path
+            _fsync(written)
+            for folder in written.parents:
+                _fsync(folder)
+                if folder == self._folder:
+                    break
 
     def sync_commits(self, table: str, after: int) -> None:
         """Wait until the disk has the commits of a table beyond a version. Nothing to do on S3.
@@ -292,6 +296,11 @@ class Store:
             while (commit := log / f"{after + 1:020d}.json").exists():
                 _fsync(commit)
                 after += 1
+                checkpoint = log / f"{after:020d}.checkpoint.parquet"
+                if checkpoint.exists():
+                    # A checkpoint that a power cut left empty would hide the whole table.
+                    _fsync(checkpoint)
+                    _fsync(log / "_last_checkpoint")
             for folder in (log, log.parent, log.parent.parent, self._folder):
                 _fsync(folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -86,3 +87,34 @@ def test_rows_of_a_file_are_ordered_by_device_and_seq(store: Store) -> None:
     found = table_in(store, "raw/t")
     order = list(zip(found.column("_device").to_pylist(), found.column("_seq").to_pylist(), strict=True))
     assert order == sorted(order)
+
+
+def test_a_commit_returns_when_the_disk_has_all_of_it(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is acknowledged must survive a power cut: rows, commit, checkpoint, and the folders that name them."""
+    real, synced = os.fsync, set()
+
+    def note(handle: int) -> None:
+        synced.add(Path(os.path.realpath(f"/proc/self/fd/{handle}")))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    lake = tmp_path / "a lake"
+    table = RawTable(store, "s")
+    for seq in range(1, 102):
+        table.refresh()
+        commit(table, raw(A, seq, rows(1)))
+        if seq == 1:
+            (schema,) = (lake / "control/schemas").iterdir()
+            assert {schema, schema.parent, schema.parent.parent, lake} <= synced
+    log = lake / "raw/s/_delta_log"
+    commits = {path for path in log.iterdir() if path.suffix in (".json", ".parquet")} | {log / "_last_checkpoint"}
+    assert len(commits) == 104
+    assert commits <= synced
+    assert {log, lake / "raw/s", lake / "raw", lake} <= synced
+    parts = list((lake / "raw/s").rglob("part-*"))
+    assert {path.parent for path in parts} <= synced
+    assert len(parts) == 101
+    # Rows are synced under their draft names, before they get their own.
+    assert sum(path.name.endswith(".part") for path in synced) == len(parts)
