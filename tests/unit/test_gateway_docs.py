@@ -89,4 +89,4 @@ def test_the_unit_leaves_time_to_drain_and_memory_to_flush():
     stop_s = int(re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[1])
     assert stop_s >= keys()["drain_timeout_s"] + 10
     high = int(re.search(r"^MemoryHigh=(\d+)G$", unit, re.MULTILINE)[1])
-    assert high * 2**30 >= 3 * keys()["memory_bytes_max"] + 250 * 2**20
+    assert high * 2**30 >= 150e6 + keys()["memory_bytes_max"] + 300e6 * keys()["flush_workers"]
