@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -59,7 +59,13 @@ def opened_store(found: Found) -> Iterator[Store]:
     """
     with ExitStack() as stack:
         started = _started(found.embedded_in, stack) if found.embedded_in is not None else None
-        yield Store(started or found.settings)
+        settings = started or found.settings
+        folder = urlsplit(settings.url)
+        if folder.scheme == "file" and not Path(unquote(folder.path)).is_dir():
+            raise ConfigurationError(
+                f"there is no folder {unquote(folder.path)}; name the lake that a gateway writes to with --lake"
+            )
+        yield Store(settings)
 
 
 def _started(path: Path, stack: ExitStack) -> StoreSettings | None:

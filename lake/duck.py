@@ -94,10 +94,12 @@ def identifier(name: str) -> str:
 def _secret(store: Store) -> str:
     settings = store.settings
     parts = {"TYPE": "s3", "REGION": literal(settings.region), "SCOPE": literal(store.table_uri("").rstrip("/"))}
-    if settings.access_key is not None and settings.secret_key is not None:
-        parts["KEY_ID"], parts["SECRET"] = literal(settings.access_key), literal(settings.secret_key)
-    else:
-        parts["PROVIDER"] = "credential_chain"
+    if settings.access_key is None or settings.secret_key is None:
+        # DuckDB finds a machine's own role only with an extension that is in no wheel.
+        raise ConfigurationError(
+            f"there are no keys to query {settings.url}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    parts["KEY_ID"], parts["SECRET"] = literal(settings.access_key), literal(settings.secret_key)
     if settings.session_token is not None:
         parts["SESSION_TOKEN"] = literal(settings.session_token)
     if settings.endpoint is not None:

@@ -292,6 +292,8 @@ def _check_file(options: FileOptions) -> Path:
     path = Path(options.path).expanduser()
     if not path.exists():
         raise SensorConfigError(f"driver 'replay': option 'path' = {options.path!r} does not exist; give a file")
+    if path.is_dir():
+        raise SensorConfigError(f"driver 'replay': option 'path' = {options.path!r} is a folder; give a file")
     if options.format not in ("", "csv", "parquet"):
         raise SensorConfigError(f"driver 'replay': option 'format' = {options.format!r}; give csv or parquet")
     return path

@@ -109,3 +109,21 @@ def test_who_reads_only_the_beginning_gets_it_without_complaint(lake: str) -> No
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=90, check=False)
     assert done.stdout == '{"range":0}\n{"range":1}\n'
     assert done.stderr == ""
+
+
+def test_reading_a_folder_that_is_not_there_is_refused_and_creates_nothing(tmp_path):
+    missing = tmp_path / "nope"
+    ran = headwater("lake", "streams", "--lake", f"file://{missing}")
+    assert ran.returncode == 2
+    assert f"there is no folder {missing}" in ran.stderr
+    assert not missing.exists()
+
+
+def test_a_question_to_s3_without_keys_is_one_clear_sentence(monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    ran = headwater("lake", "sql", "SELECT 1", "--lake", "s3://nobucket/x")
+    assert ran.returncode == 2
+    assert ran.stderr == (
+        "error: there are no keys to query s3://nobucket/x; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY\n"
+    )
