@@ -26,6 +26,11 @@ _OWN_FOLDERS = ("schemas", "probe")
 """Folders of `control/` that hold no table."""
 
 
+def table_of(name: str) -> str | None:
+    """The table that a name means which is a path within the lake, such as `raw/vibration`."""
+    return name if _PATH.fullmatch(name) else None
+
+
 class TableState(NamedTuple):
     """A table as of one version."""
 
@@ -51,25 +56,15 @@ class Catalog:
         """
         return self._store.folders("raw")
 
-    def control_tables(self) -> list[str]:
-        """Names of the tables under `control/`, sorted: `devices` and the like."""
-        return [name for name in self._store.folders("control") if name not in _OWN_FOLDERS]
-
-    def path_of(self, name: str) -> str | None:
-        """The table that a name in SQL means: quarantine, a control table, a stream, or the path of any table.
+    def paths(self) -> dict[str, str]:
+        """The table that each name in SQL means: `quarantine`, then tables of `control/`, then streams.
 
         Raises:
             StoreUnavailableError: the store did not answer.
         """
-        if name == QUARANTINE:
-            return QUARANTINE_PATH
-        if "/" in name:
-            return name if _PATH.fullmatch(name) else None
-        if name in self.control_tables():
-            return f"control/{name}"
-        if name in self.streams():
-            return table_path(name)
-        return None
+        found = {name: table_path(name) for name in self.streams()}
+        found |= {name: f"control/{name}" for name in self._store.folders("control") if name not in _OWN_FOLDERS}
+        return found | {QUARANTINE: QUARANTINE_PATH}
 
     def state(self, path: str, at: At = None) -> TableState | None:
         """A table as it is, or was.

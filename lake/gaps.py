@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import pyarrow as pa
 
 from lake.duck import literal
-from lake.views import empty_query, scan, union
+from lake.views import empty_query, union
 
 NAME = "gaps"
 SCHEMA = pa.schema(
@@ -33,30 +33,30 @@ SCHEMA = pa.schema(
 one batch `rows` are not there)."""
 
 
-def gaps_query(streams: Mapping[str, tuple[str, int]], quarantine: tuple[str, int] | None) -> str:
+def gaps_query(streams: Mapping[str, str], quarantine: str | None) -> str:
     """The SELECT behind the view `gaps`.
 
     Args:
-        streams: where each stream's table is, and its version.
+        streams: by name, what stands behind FROM to read each stream's table as it is stored.
         quarantine: the same of the quarantine table; None where there is none.
     """
     if not streams:
         return empty_query(SCHEMA)
-    return union(_of_stream(name, uri, version, quarantine) for name, (uri, version) in sorted(streams.items()))
+    return union(_of_stream(name, source, quarantine) for name, source in sorted(streams.items()))
 
 
-def _of_stream(name: str, uri: str, version: int, quarantine: tuple[str, int] | None) -> str:
+def _of_stream(name: str, source: str, quarantine: str | None) -> str:
     set_aside = ""
     if quarantine is not None:
         set_aside = f"""
             UNION
-            SELECT device, epoch, seq FROM {scan(*quarantine)}
+            SELECT device, epoch, seq FROM {quarantine}
             WHERE stream = {literal(name)} AND epoch IS NOT NULL AND seq IS NOT NULL"""
     return f"""
     SELECT * FROM (
         WITH batches AS (
             SELECT _device AS device, _epoch AS epoch, _seq AS seq, count(*) AS held, max(_row)::BIGINT + 1 AS made
-            FROM {scan(uri, version)} GROUP BY ALL
+            FROM {source} GROUP BY ALL
         ), present AS (
             SELECT device, epoch, seq FROM batches{set_aside}
         ), ordered AS (

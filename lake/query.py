@@ -23,14 +23,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lake import columns
-from lake.catalog import QUARANTINE, At, Catalog, TableState
+from lake.catalog import At, Catalog, TableState, table_of
 from lake.duck import QuerySettings, connect, identifier
 from lake.errors import QueryError, StoreUnavailableError, UnknownStreamError
 from lake.gaps import NAME as GAPS
 from lake.gaps import gaps_query
 from lake.quarantine import PATH as QUARANTINE_PATH
 from lake.quarantine import SCHEMA as QUARANTINE_SCHEMA
-from lake.question import one_line, read_question
+from lake.question import Question, one_line, read_question
 from lake.raw import table_path
 from lake.store import Store
 from lake.views import empty_query, scan, view_query
@@ -81,7 +81,7 @@ class Lake:
             UnknownStreamError: it names a table that is not there.
             StoreUnavailableError: the store did not answer.
         """
-        with self._answering(query, at) as cursor, self._translated(query):
+        with self._answering(query, at) as cursor, self._translated():
             return cursor.execute(query).to_arrow_table()
 
     def read(self, query: str, at: At = None) -> Iterator[pa.RecordBatch]:
@@ -91,7 +91,7 @@ class Lake:
         Raises:
             QueryError, UnknownStreamError, StoreUnavailableError: as `sql`, at the first batch or at a later one.
         """
-        with self._answering(query, at) as cursor, self._translated(query):
+        with self._answering(query, at) as cursor, self._translated():
             reader = cursor.execute(query).to_arrow_reader(BATCH_ROWS)
             empty = True
             for batch in reader:
@@ -146,7 +146,7 @@ class Lake:
         if devices is not None and low is not None and high is not None and not low.null_count:
             return {"devices": devices, "first_ts": pc.min(low).as_py(), "last_ts": pc.max(high).as_py()}
         question = f"SELECT count(DISTINCT {columns.DEVICE}), min(ts), max(ts) FROM {scan(state.uri, state.version)}"
-        with self._connection.cursor() as cursor, self._translated(question):
+        with self._connection.cursor() as cursor, self._translated():
             answer = cursor.execute(question).to_arrow_table()
         return dict(zip(("devices", "first_ts", "last_ts"), (column[0] for column in answer.columns), strict=True))
 
@@ -176,29 +176,29 @@ class Lake:
         if isinstance(at, datetime) and at.tzinfo is None:
             at = at.replace(tzinfo=UTC)
         with self._connection.cursor() as cursor:
-            question = read_question(cursor, query)
-            names = set(question.tables)
-            if question.all_tables:
-                names |= {GAPS, QUARANTINE, *self._catalog.control_tables(), *self._catalog.streams()}
-            for name in question.qualified & set(self._catalog.streams() if question.qualified else ()):
-                raise UnknownStreamError(f'the name of stream {name} has a dot in it: write "{name}" in double quotes')
-            if isinstance(at, int) and (len(names) > 1 or GAPS in names):
-                raise QueryError(
-                    f"version {at} is one of one table, and the query reads {_listed(sorted(names))}; "
-                    "give a time instead"
-                )
-            for name in names:
-                text = self._gaps(at) if name == GAPS else self._view(name, at)
-                if text is not None:
-                    with self._translated(name):
-                        cursor.execute(f"CREATE TEMP VIEW {identifier(name)} AS {text}")
+            for name, text in self._views(read_question(cursor, query), at).items():
+                with self._translated():
+                    cursor.execute(f"CREATE TEMP VIEW {identifier(name)} AS {text}")
             yield cursor
 
-    def _view(self, name: str, at: At) -> str | None:
-        """None where the lake has nothing of that name: it may be something that the query itself defines."""
-        path = self._catalog.path_of(name)
-        if path is None:
-            return None
+    def _views(self, question: Question, at: At) -> dict[str, str]:
+        """The SELECT behind each name that the lake knows; other names may be what the query itself defines."""
+        if not (question.tables or question.qualified or question.all_tables):
+            return {}
+        known = self._catalog.paths()
+        for name in question.qualified & known.keys():
+            raise UnknownStreamError(f'the name {name} has a dot in it: write "{name}" in double quotes')
+        names = question.tables | (known.keys() | {GAPS} if question.all_tables else set())
+        paths = {name: path for name in names if (path := known.get(name) or table_of(name)) is not None}
+        if isinstance(at, int) and (len(set(paths.values())) > 1 or GAPS in names):
+            read = _listed(sorted({*paths, *(names & {GAPS})}))
+            raise QueryError(f"version {at} is one of one table, and the query reads {read}; give a time instead")
+        views = {name: text for name, path in paths.items() if name != GAPS and (text := self._view(path, at))}
+        if GAPS in names:
+            views[GAPS] = self._gaps(at)
+        return views
+
+    def _view(self, path: str, at: At) -> str | None:
         state = self._catalog.state(path, at)
         if path == QUARANTINE_PATH:
             if state is None:
@@ -208,19 +208,14 @@ class Lake:
             return f"{view_query(state.uri, state.version, state.schema)} {once}"
         if state is not None:
             return view_query(state.uri, state.version, state.schema)
-        if at is None:
-            return None
-        latest = self._catalog.state(path)
-        return None if latest is None else view_query(latest.uri, 0, latest.schema) + " WHERE false"
+        latest = None if at is None else self._catalog.state(path)
+        return None if latest is None else view_query(latest.uri, latest.version, latest.schema) + " WHERE false"
 
     def _gaps(self, at: At) -> str:
-        streams = {}
-        for name in self._catalog.streams():
-            state = self._catalog.state(table_path(name), at)
-            if state is not None:
-                streams[name] = (state.uri, state.version)
+        states = {name: self._catalog.state(table_path(name), at) for name in self._catalog.streams()}
+        sources = {name: scan(state.uri, state.version) for name, state in states.items() if state is not None}
         quarantine = self._catalog.state(QUARANTINE_PATH, at)
-        return gaps_query(streams, None if quarantine is None else (quarantine.uri, quarantine.version))
+        return gaps_query(sources, None if quarantine is None else scan(quarantine.uri, quarantine.version))
 
     def _unknown(self, name: str) -> UnknownStreamError:
         known = self._catalog.streams()
@@ -228,7 +223,7 @@ class Lake:
         return UnknownStreamError(f"there is no stream or table {name!r} in {self._store.url}; {what}")
 
     @contextmanager
-    def _translated(self, what: str) -> Iterator[None]:
+    def _translated(self) -> Iterator[None]:
         """Turn what DuckDB raises into one clear sentence."""
         try:
             yield

@@ -243,6 +243,8 @@ class QuerySuite:
         assert "y" not in lake.sql("FROM s", at=first).column_names
         assert answer(lake, "SELECT max(_seq), count(y) FROM s", at=last) == [(2, 3)]
         assert lake.head("s", 9, at=first).num_rows == 3
+        assert answer(lake, "WITH c AS (FROM s) SELECT count(*) FROM c", at=first) == [(3,)]
+        assert answer(lake, 'SELECT (SELECT count(*) FROM s) - (SELECT count(*) FROM "raw/s")', at=first) == [(0,)]
         with pytest.raises(QueryError, match=f"0 to {last}"):
             lake.sql("FROM s", at=last + 1)
         for two in ("SELECT * FROM s, t", "FROM gaps", "SELECT (SELECT max(_seq) FROM t) FROM s"):
@@ -260,7 +262,7 @@ class QuerySuite:
         before = now()
         bring_in(store, "s", raw(A, 2))
         between = now()
-        bring_in(store, "s", raw(A, 3))
+        bring_in(store, "s", raw(A, 3, rows(y=pa.array([1, 2, 3]))))
         bring_in(store, "t", raw(B, 3))
         after = now()
         both = "SELECT (SELECT count(*) FROM s), (SELECT count(*) FROM t), (SELECT count(*) FROM gaps)"
@@ -268,6 +270,7 @@ class QuerySuite:
         assert answer(lake, both, at=between) == [(3, 0, 1)]
         assert answer(lake, both, at=after) == [(6, 3, 2)]
         assert answer(lake, both) == [(6, 3, 2)]
+        assert answer(lake, "SELECT count(y) FROM s", at=before) == [(0,)]
         assert answer(lake, "SELECT count(*) FROM s", at=between.replace(tzinfo=None)) == [(3,)]
 
     def test_a_question_that_cannot_be_answered_gets_one_clear_sentence(self, store: Store, lake: Lake) -> None:
