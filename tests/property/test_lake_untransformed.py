@@ -26,6 +26,9 @@ from lake.store import Store, StoreSettings
 from lake.types import TypeConflictError, merge, stored_field
 from tests.property.arrow_values import FLOAT_BITS, arrays, assert_same_bits, batches, bits, types
 
+# The text of nested strategies is long; nobody reads it.
+pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
+
 EPOCH = "ab" * 16
 NOW_US = 1_795_245_988_618_000
 CLOCK = Clock(synced=True, wall_us=NOW_US, monotonic_us=1, boot="cd" * 16)
