@@ -21,6 +21,8 @@ LANES_MAX = 64
 """Watermarks in one acknowledgement document, the most recent ones."""
 DEVICES_MAX = 100_000
 """Devices whose watermarks are remembered; the one heard of longest ago is forgotten."""
+WATERMARKS_MAX = 400_000
+"""Watermarks remembered of all devices together, about 200 bytes each; forgotten by device, as above."""
 REWINDS_MAX = 10_000
 REWIND_HOLDOFF_S = 1.0
 """A lane is asked to send again at most this often: each batch behind a hole would ask otherwise."""
@@ -43,13 +45,20 @@ class AckBook:
     Args:
         devices_max: devices remembered.
         lanes_max: watermarks remembered of one device.
+        watermarks_max: watermarks remembered of all devices.
         rewinds_max: rewinds waiting, and lanes whose last rewind is remembered.
     """
 
     def __init__(
-        self, devices_max: int = DEVICES_MAX, lanes_max: int = LANES_MAX, rewinds_max: int = REWINDS_MAX
+        self,
+        devices_max: int = DEVICES_MAX,
+        lanes_max: int = LANES_MAX,
+        watermarks_max: int = WATERMARKS_MAX,
+        rewinds_max: int = REWINDS_MAX,
     ) -> None:
-        self._devices_max, self._lanes_max, self._rewinds_max = devices_max, lanes_max, rewinds_max
+        self._devices_max, self._lanes_max = devices_max, lanes_max
+        self._watermarks_max, self._rewinds_max = watermarks_max, rewinds_max
+        self.watermarks_known = 0
         self._known: OrderedDict[str, OrderedDict[tuple[str, str], int]] = OrderedDict()
         self._dirty: OrderedDict[str, None] = OrderedDict()
         self._rewinds: deque[tuple[str, Rewind]] = deque()
@@ -60,16 +69,19 @@ class AckBook:
         marks = self._known.get(lane.device)
         if marks is None:
             marks = self._known[lane.device] = OrderedDict()
-            if len(self._known) > self._devices_max:
-                forgotten, _ = self._known.popitem(last=False)
-                self._dirty.pop(forgotten, None)
         self._known.move_to_end(lane.device)
         key = (stream, lane.epoch)
+        self.watermarks_known += key not in marks
         marks[key] = seq
         marks.move_to_end(key)
         if len(marks) > self._lanes_max:
             marks.popitem(last=False)
+            self.watermarks_known -= 1
         self._dirty[lane.device] = None
+        while len(self._known) > self._devices_max or self.watermarks_known > self._watermarks_max:
+            forgotten, gone = self._known.popitem(last=False)
+            self.watermarks_known -= len(gone)
+            self._dirty.pop(forgotten, None)
 
     def rewind(self, stream: str, lane: Lane, expected: int, now_s: float) -> bool | None:
         """Ask a device to send again; False where it was asked a moment ago, None where the queue is full."""
@@ -137,6 +149,7 @@ class Acknowledger:
         self._stopping = threading.Event()
         self.thread = WatchedThread("acknowledger", self._run)
         metrics.watch("acks_waiting", "Devices to be told a watermark", lambda: self._book.waiting, DEVICES_MAX)
+        metrics.watch("watermarks", "Watermarks remembered", lambda: self._book.watermarks_known, WATERMARKS_MAX)
         metrics.watch("rewinds_waiting", "Rewinds to be sent", lambda: self._book.waiting_rewinds, REWINDS_MAX)
 
     def start(self) -> None:

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -191,7 +192,8 @@ class Gateway:
                 loop.remove_signal_handler(number)  # whoever asks again does not want to wait
             if died:
                 return 1
-            await asyncio.to_thread(self._stop)
+            with ThreadPoolExecutor(1, "stop") as stopping:
+                await loop.run_in_executor(stopping, self._stop)
         finally:
             await self._http.stop()
         return 0

@@ -37,6 +37,8 @@ CONFLICT_BASE_S, CONFLICT_MAX_S = 0.02, 2.0
 """The same after another gateway committed first: the lake is well, only the turn is lost."""
 COMMIT_BYTES_MAX = 64 * 1024 * 1024
 """Memory held by the batches of one commit."""
+LANES_FACTOR = 4
+"""All streams together remember so many times the lanes of one; an idle stream is forgotten then."""
 STREAM_SHARE = 0.75
 """Of the memory, what one stream may hold: some is left for the others."""
 FAILING_SHARE = 0.5
@@ -305,6 +307,17 @@ class Engine:
         stream = self._streams[name] = _Stream(name, self._settings.lanes_max)
         return stream
 
+    def _trim(self) -> None:
+        """Forget idle streams, those longest unheard of first, while all together remember too many lanes."""
+        total = sum(stream.flow.lanes for stream in self._streams.values())
+        while total > LANES_FACTOR * self._settings.lanes_max:
+            idle = next((each for each in self._streams.values() if not each.held_bytes and not each.isolated), None)
+            if idle is None:
+                return
+            total -= idle.flow.lanes
+            del self._streams[idle.name]
+            self._forget(idle.name)
+
     def _must_shed(self, stream: _Stream, pending: Pending, now_s: float) -> str:
         """Why a batch cannot be taken now; empty where it can."""
         size, limit = pending.held_bytes, self._budget.bytes_max
@@ -356,6 +369,7 @@ class Engine:
         stream.failures = stream.faults = stream.conflicts = 0
         stream.last_error, stream.not_before_s = "", 0.0
         self._isolate(stream, done, now_s)
+        self._trim()
         self._health.answered()
         self._acks.acknowledge(stream.name, outcome.committed)
         for lane, expected in outcome.missing.items():
@@ -446,7 +460,12 @@ class Engine:
         watch(
             "isolated_lanes", "Lanes that trip over a bug and are left out", total(lambda stream: len(stream.isolated))
         )
-        watch("lanes", "Lanes remembered, of all streams", total(lambda stream: stream.flow.lanes))
+        watch(
+            "lanes",
+            "Lanes remembered, of all streams",
+            total(lambda stream: stream.flow.lanes),
+            LANES_FACTOR * settings.lanes_max,
+        )
         watch("stream_lanes", "Most lanes remembered of one stream", self._most_lanes, settings.lanes_max)
 
     def _most_lanes(self) -> float:

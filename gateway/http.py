@@ -7,10 +7,12 @@ there: a page in a browser cannot reach it under a name of its own.
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -31,6 +33,8 @@ _log = structlog.get_logger()
 
 REQUESTS_MAX = 64
 """Requests at the same time; more are told to come back."""
+ORDERS_MAX = 8
+"""Desired documents being committed at the same time; each waits for the lake in a thread."""
 READ_TIMEOUT_S = 10.0
 """For the body of a request."""
 PAGE_MAX, PAGE_DEFAULT = 10_000, 1_000
@@ -57,6 +61,7 @@ class _DesiredBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 _encode = msgspec.json.Encoder().encode
 _decode_desired = msgspec.json.Decoder(_DesiredBody).decode
 
+Result = TypeVar("Result")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -82,6 +87,7 @@ class HttpApi:
     def __init__(self, settings: HttpSettings, views: Views, metrics: GatewayMetrics) -> None:
         self._settings, self._views, self._metrics = settings, views, metrics
         self._running = 0
+        self._ordering = 0
         self._runner: web.AppRunner | None = None
 
     def application(self) -> web.Application:
@@ -210,12 +216,17 @@ class HttpApi:
                 'send {"streams": {"NAME": {"enabled": true, "rate_hz": 10, "max_batch_rows": 500, '
                 '"max_batch_age_s": 5}}}, leaving out what the device shall decide itself',
             )
+        if self._ordering >= ORDERS_MAX:
+            return error(503, "busy", f"{ORDERS_MAX} documents are being committed", "try again in a moment")
         if wanted.replaces is not None and not 0 <= wanted.replaces <= SEQ_MAX:
             return error(
                 400, "bad_document", f"replaces = {wanted.replaces}", "give the revision you read, or leave it out"
             )
+        self._ordering += 1
         try:
-            desired = await asyncio.to_thread(self._views.registry.set_desired, name, wanted.streams, wanted.replaces)
+            desired = await _in_thread(
+                functools.partial(self._views.registry.set_desired, name, wanted.streams, wanted.replaces)
+            )
         except Refused as refusal:
             status = 409 if refusal.code == "conflict" else 422
             message, _, remedy = str(refusal).rpartition("; ")
@@ -227,7 +238,38 @@ class HttpApi:
                 f"the lake did not answer, so it is not known whether the document is in force: {str(trouble)[:300]}",
                 f"look at GET /v1/devices/{name}, then try again",
             )
+        finally:
+            self._ordering -= 1
         return answer({"device": name, "revision": desired.revision, "streams": desired.streams})
+
+
+async def _in_thread(work: Callable[[], Result]) -> Result:
+    """Run what waits for the lake in a daemon thread: the process can end while it hangs."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Result] = loop.create_future()
+
+    def settle(found: Result | None, failure: Exception | None) -> None:
+        if done.done():
+            return
+        if failure is not None:
+            done.set_exception(failure)
+        else:
+            done.set_result(cast("Result", found))
+
+    def run() -> None:
+        found: Result | None = None
+        failure: Exception | None = None
+        try:
+            found = work()
+        except Exception as caught:  # noqa: BLE001 - handed to who waits
+            failure = caught
+        try:
+            loop.call_soon_threadsafe(settle, found, failure)
+        except RuntimeError:
+            pass  # the loop is closed: the process ends, and nobody waits any more
+
+    threading.Thread(target=run, name="http-order", daemon=True).start()
+    return await done
 
 
 def _condition(troubles: Sequence[Trouble], good: str, bad: str) -> web.Response:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import structlog
 
 from contract import topics
-from contract.errors import HeadwaterError, Rejected, TemporaryError
+from contract.errors import HeadwaterError, Reason, Rejected, TemporaryError
 from contract.limits import CONTROL_BYTES_MAX, DEFAULT_LIMITS
 from contract.messages import Desired, DesiredStream, Presence, Reported, decode, encode
 from contract.names import is_name, shard_of
@@ -51,6 +51,8 @@ SCHEMA = pa.schema(
 )
 FILTERS = (topics.status("+"), topics.reported("+"))
 """What the registry wants to hear."""
+PRESENCE_BYTES_MAX = 4096
+"""What it says is kept in memory for each device."""
 ATTEMPTS_MAX = 5
 RETRY_MAX_S = 15.0
 BATCH_AGE_S_MIN, BATCH_AGE_S_MAX = 0.05, 3600.0
@@ -161,10 +163,19 @@ class Registry:
         try:
             device = topics.parse_device(topic, kind)
             if kind == "status":
+                if len(payload) > PRESENCE_BYTES_MAX:
+                    raise Rejected(
+                        Reason.PAYLOAD_TOO_LARGE,
+                        f"presence document of {len(payload)} bytes, more than {PRESENCE_BYTES_MAX}; shorten it",
+                    )
                 presence = decode(payload, Presence)
                 self._hear(kind, device, lambda: self._book.presence(device, presence, now_us))
             else:
                 report = decode(payload, Reported)
+                if not self._loaded:
+                    # A sign of life is remembered until the table is read; the document comes again within a minute.
+                    self.heard((device,), now_us)
+                    return
                 self._hear(kind, device, lambda: self._book.reports(device, report, now_us))
         except Rejected as refusal:
             self._metrics.documents_refused.labels(kind).inc()

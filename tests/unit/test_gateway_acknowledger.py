@@ -91,6 +91,12 @@ def test_devices_and_rewinds_are_bounded():
     assert book.watermarks("pi-0") == ()
     assert [book.rewind(STREAM, Lane(f"pi-{number}", EPOCH), 1, 0.0) for number in range(3)] == [True, True, None]
     assert book.waiting_rewinds == 2
+    book = AckBook(watermarks_max=10)
+    for number in range(5):
+        for epoch in range(4):
+            book.note(STREAM, Lane(f"pi-{number}", f"{epoch:032x}"), 1)
+    assert book.watermarks_known == 8
+    assert [len(book.watermarks(f"pi-{number}")) for number in range(5)] == [0, 0, 0, 4, 4]
 
 
 def test_a_lane_is_asked_to_rewind_once_in_a_while_and_lanes_do_not_share_the_pause():

@@ -19,6 +19,7 @@ from gateway.engine import (
     COMMIT_BYTES_MAX,
     FAILING_SHARE,
     ISOLATION_S,
+    LANES_FACTOR,
     STREAM_SHARE,
     Engine,
     EngineSettings,
@@ -47,7 +48,7 @@ SETTINGS = EngineSettings(flush_interval_s=1.0, flush_bytes=10_000, flush_worker
 class Bench:
     """An engine over a memory lake; flushes happen when the test says so."""
 
-    def __init__(self, *, bytes_max: int = 100_000) -> None:
+    def __init__(self, *, bytes_max: int = 100_000, settings: EngineSettings = SETTINGS) -> None:
         self.clock = Clocks()
         self.budget = MemoryBudget(bytes_max)
         self.told = Told()
@@ -59,7 +60,7 @@ class Bench:
         self.lake = MemoryLake()
         self.quarantine = MemoryQuarantine()
         self.engine = Engine(
-            SETTINGS,
+            settings,
             budget=self.budget,
             acks=self.told,
             heard=lambda devices, at_us: self.heard.extend(devices),
@@ -402,6 +403,18 @@ def test_taking_a_flush_apart_believes_nothing_of_a_shard_in_which_another_gatew
     outcome, isolated = settle_apart(job, Tripping(bench.lake, STREAM), bench.quarantine)
     assert sorted(bench.stored()) == [("pi-1", 1), ("pi-2", 1)]
     assert (outcome.duplicates, isolated) == (1, {poison.lane})
+
+
+def test_lanes_of_all_streams_together_are_bounded_by_forgetting_idle_streams():
+    bench = Bench(settings=SETTINGS._replace(streams_max=10, lanes_max=20))
+    for name in "abcdefg":
+        for number in range(30):
+            bench.arrive(1, stream=name, device=f"pi-{number}", held_bytes=10)
+        bench.flush()
+    assert value(bench.metrics, "lanes") == value(bench.metrics, "lanes_max") == LANES_FACTOR * 20
+    assert value(bench.metrics, "stream_lanes") == value(bench.metrics, "stream_lanes_max") == 20
+    assert bench.forgotten == ["a", "b", "c"]
+    assert len(bench.stored("a")) == 30
 
 
 def test_every_figure_that_has_a_bound_shows_both():

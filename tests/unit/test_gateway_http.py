@@ -20,7 +20,7 @@ from contract.errors import TemporaryError
 from contract.limits import CONTROL_BYTES_MAX
 from contract.messages import Presence, Reported, ReportedStream, Watermark, encode
 from gateway.engine import StreamView
-from gateway.http import REQUESTS_MAX, HttpApi, Views
+from gateway.http import ORDERS_MAX, REQUESTS_MAX, HttpApi, Views
 from gateway.settings import HttpSettings
 from gateway.watch import Trouble
 from tests.unit.gateway_parts import EPOCH, STREAM, fresh_metrics, value
@@ -238,6 +238,13 @@ async def test_more_requests_than_the_limit_are_told_to_come_back(tmp_path):
     api = Api(tmp_path)
     api.http._running = REQUESTS_MAX
     status, found = await api.ask("GET", "/healthz")
+    assert (status, found["error"]["code"]) == (503, "busy")
+
+
+async def test_documents_that_wait_for_the_lake_are_bounded(tmp_path):
+    api = Api(tmp_path)
+    api.http._ordering = ORDERS_MAX
+    status, found = await api.ask("PUT", "/v1/devices/pi-1/desired", json={"streams": {}})
     assert (status, found["error"]["code"]) == (503, "busy")
 
 

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from contract import topics
 from contract.errors import TemporaryError
 from contract.limits import SHARDS
-from contract.messages import Desired, DesiredStream, Presence, decode, encode
+from contract.messages import Desired, DesiredStream, Presence, Reported, decode, encode
 from contract.names import shard_of
 from gateway.registry import PATH, SCHEMA, Refused, Registry, events_of
 from gateway.settings import RegistrySettings
@@ -234,6 +234,27 @@ def test_documents_that_are_none_are_counted_and_change_nothing(tmp_path, payloa
     assert value(bench.metrics, "documents_refused_total", kind="status") == 2
     assert value(bench.metrics, "documents_refused_total", kind="reported") == 1
     assert bench.registry.devices("", 10) == []
+
+
+def test_what_a_device_says_of_itself_is_bounded(tmp_path):
+    bench = Bench(tmp_path)
+    bench.registry.refresh()
+    long = Presence(online=True, reason="started", at_us=0, agent="a" * 5_000, boot=BOOT)
+    bench.registry.receive(topics.status("pi-1"), encode(long))
+    assert bench.registry.device("pi-1") is None
+    assert value(bench.metrics, "documents_refused_total", kind="status") == 1
+
+
+def test_a_report_that_comes_before_the_table_was_read_is_a_sign_of_life_and_no_more(tmp_path):
+    bench = Bench(tmp_path)
+    report = Reported(revision=0, agent="a", boot=BOOT, clock_synced=True, started_at_us=0, streams={})
+    bench.registry.receive(topics.reported("pi-1"), encode(report))
+    assert bench.registry.device("pi-1") is None
+    bench.registry.refresh()
+    assert bench.registry.device("pi-1").reported is None
+    assert bench.registry.device("pi-1").last_seen_us == bench.now_us
+    bench.registry.receive(topics.reported("pi-1"), encode(report))
+    assert bench.registry.device("pi-1").reported == encode(report)
 
 
 def test_the_thread_does_all_of_it_and_ends(tmp_path):
