@@ -12,10 +12,13 @@ import msgspec
 
 from contract.errors import ConfigurationError
 from headwater.place import LAKE_VARIABLE, StackRecord, find_record
+from headwater.turn import turn
 from lake.store import Store, StoreSettings
 
 if TYPE_CHECKING:
+    from headwater.stack.folder import DataFolder
     from headwater.stack.objectstore import StoreAccess
+    from headwater.stack.supervisor import Supervisor
 
 EMBEDDED = "embedded"
 STOP_TIMEOUT_S = 2.0
@@ -72,8 +75,6 @@ def _started(path: Path, stack: ExitStack) -> StoreSettings | None:
     """Start the embedded store, unless its stack runs."""
     from headwater.stack.errors import FolderInUse
     from headwater.stack.folder import DataFolder
-    from headwater.stack.objectstore import Seaweed
-    from headwater.stack.ports import PortBook
     from headwater.stack.supervisor import Supervisor
 
     try:
@@ -81,6 +82,14 @@ def _started(path: Path, stack: ExitStack) -> StoreSettings | None:
     except FolderInUse:
         return None  # a stack, or another command like this one, runs the store
     supervisor = stack.enter_context(Supervisor())
+    with turn():
+        return _start_store(folder, supervisor)
+
+
+def _start_store(folder: DataFolder, supervisor: Supervisor) -> StoreSettings:
+    from headwater.stack.objectstore import Seaweed
+    from headwater.stack.ports import PortBook
+
     ports = PortBook(folder.ports).claim(Seaweed.PORTS)
     seaweed = Seaweed(folder.part("store"), log=folder.log("store"), ports=ports)
     spec = seaweed.spec()

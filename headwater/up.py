@@ -16,7 +16,7 @@ from __future__ import annotations
 import http.client
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from headwater.stack.objectstore import Seaweed
 from headwater.stack.ports import HOST, PortBook, is_free, write_whole
 from headwater.stack.probes import MqttProbe
 from headwater.stack.supervisor import ChildSpec, Supervisor
+from headwater.turn import turn
 from lake.store import Store, StoreSettings
 
 _log = structlog.get_logger()
@@ -95,6 +96,13 @@ class Stack:
             ConfigurationError: what was asked for cannot be.
             TemporaryError: an external broker or store does not answer.
         """
+        with turn():
+            self._start_servers()
+        self._supervisor.start([self._device(device, self.record.broker) for device in self.devices], START_TIMEOUT_S)
+        return self.record
+
+    def _start_servers(self) -> None:
+        """Choose the ports, write down where everything is, and start all but the devices."""
         specs: list[ChildSpec] = []
         lake, table = self._lake(specs)
         broker, kind = self._broker(specs)
@@ -115,11 +123,11 @@ class Stack:
             logs=str(self._folder.part("logs")),
         )
         specs.append(self._gateway(broker, table, port))
-        specs += [self._device(device, broker) for device in self.devices]
         write_whole(record_path(self._folder.path), msgspec.json.format(msgspec.json.encode(self.record)), 0o644)
-        self._say(f"starting {', '.join(_summed(specs))}")
+        count = len(self.devices)
+        servers = ", ".join(spec.name for spec in specs)
+        self._say(f"starting {servers}, {count} device{'s' if count != 1 else ''}")
         self._supervisor.start(specs, START_TIMEOUT_S)
-        return self.record
 
     def run(self, stop: threading.Event, seconds: float | None, tick: Callable[[], None] = lambda: None) -> None:
         """Stay until told to stop, or for `seconds`; `tick` is called about once a second.
@@ -299,9 +307,3 @@ def _ask_broker(url: str) -> None:
         MqttProbe(host=address.host, port=address.port, ca_file="" if address.tls else None)()
     except OSError as error:
         raise NotReady(f"--broker {url}: {error}; start it, or name another") from error
-
-
-def _summed(specs: Sequence[ChildSpec]) -> list[str]:
-    servers = [spec.name for spec in specs if spec.tier < DEVICE_TIER]
-    devices = len(specs) - len(servers)
-    return [*servers, f"{devices} device{'s' if devices != 1 else ''}"]

@@ -83,13 +83,12 @@ def test_up_answers_stops_on_ctrl_c_and_goes_on_where_it_was(tmp_path: Path) -> 
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("broker", ["embedded", "mosquitto"])
-def test_whatever_process_is_killed_comes_back_and_nothing_is_lost(tmp_path: Path, broker: str) -> None:
-    with Running(tmp_path / "data", *SMALL, "--broker", broker) as running:
+def test_whatever_process_is_killed_comes_back_and_nothing_is_lost(tmp_path: Path) -> None:
+    with Running(tmp_path / "data", *SMALL) as running:
         running.up()
         running.wait_for_rows("watch", 1_000)
-        for words in ("agent.toml", "gateway.toml", "mosquitto.conf" if broker == "mosquitto" else "iotcore", "mini"):
-            pid = next(pid for line, pid in sorted(running.children().items()) if words in line)
+        for words in ("watch-s01-l/agent.toml", "gateway.toml", "iotcore", "mini"):
+            pid = running.child(words)
             os.kill(pid, signal.SIGKILL)
             wait_gone([pid])
             wait_until(lambda: len(running.children()) == 5, 60.0, f"what had {words} is back")
@@ -111,6 +110,24 @@ def test_children_do_not_outlive_a_killed_parent_and_the_next_start_is_whole(tmp
         again.up()
         assert again.end() == 0
         assert check_embedded(again) > 1_000
+
+
+@pytest.mark.timeout(200)
+def test_stacks_that_start_at_the_same_moment_do_not_meet(tmp_path: Path) -> None:
+    """Their devices have the same names: at one broker they would throw each other out.
+
+    Mutants tried: no turns (both claim the usual ports; one fails, or talks to the other's servers).
+    """
+    with Running(tmp_path / "a", *SMALL) as first, Running(tmp_path / "b", *SMALL) as second:
+        one, other = first.up()["stack"], second.up()["stack"]
+        assert one["broker"] != other["broker"]
+        assert one["http"] != other["http"]
+        assert one["lake"]["endpoint"] != other["lake"]["endpoint"]
+        for running in (first, second):
+            running.wait_for_rows("watch", 1_000)
+            assert running.interrupt() == 0
+            assert running.lines[-1]["restarts"] == {}
+            assert check_embedded(running) > 1_000
 
 
 @pytest.mark.timeout(200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import tomllib
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from edge_agent.settings import parse_settings as parse_agent
 from gateway.settings import parse_settings as parse_gateway
 from headwater import place, plan, toml
 from headwater.plan import UpOptions
+from headwater.turn import TurnNotCome, turn
 
 
 def agent_settings(device: plan.DevicePlan, folder: Path) -> AgentSettings:
@@ -163,3 +165,22 @@ def test_a_lake_is_the_option_or_the_variable_or_that_of_the_stack(tmp_path: Pat
     assert (found.url, found.endpoint, found.access_key) == ("s3://b/p", "https://s", "k")
     with pytest.raises(ConfigurationError, match="not embedded"):
         find_store("embedded", str(tmp_path), {})
+
+
+def test_stacks_take_turns_and_say_when_their_turn_does_not_come(tmp_path: Path) -> None:
+    """Mutants tried: no lock at all (the second gets its turn at once)."""
+    lock = tmp_path / "lock"
+    with turn(lock):
+        with pytest.raises(TurnNotCome, match="another stack"), turn(lock, timeout_s=0.2):
+            pytest.fail("two had their turn at once")
+        came = threading.Event()
+
+        def wait() -> None:
+            with turn(lock, timeout_s=30.0):
+                came.set()
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        assert not came.wait(0.2)
+    waiting.join()
+    assert came.is_set()
