@@ -120,7 +120,8 @@ def _clean(element: Element, values: tuple[int | float, ...]) -> pa.Array:
         return pa.array(values, type=pa.uint64())
     if element.code == "Q":
         # Read as unsigned; only the valid bits stay, which fit int64.
-        numbers = pc.shift_right(pa.array(values, type=pa.uint64()), element.shift)
+        # The shift is unsigned too: with a signed one Arrow would look for a common type, and refuse the upper half.
+        numbers = pc.shift_right(pa.array(values, type=pa.uint64()), pa.scalar(element.shift, pa.uint64()))
         return pc.bit_wise_and(numbers, pa.scalar(2**element.bits - 1, pa.uint64())).cast(pa.int64())
     numbers = pa.array(values, type=pa.int64())
     if element.bits == 64:

@@ -40,9 +40,12 @@ def test_up_answers_stops_on_ctrl_c_and_goes_on_where_it_was(tmp_path: Path) -> 
         assert [device.name for device in record.devices] == ["watch-s01-l", "watch-s01-r"]
         running.wait_for_rows("watch", 2_000)
 
+        def connected() -> bool:
+            return all(one["uplink"]["connected"] for one in rows("agent", "status", "--data", data))
+
+        wait_until(connected, 30.0, "both devices are connected")
         status = rows("agent", "status", "--data", data)
         assert [one["device"] for one in status] == ["watch-s01-l", "watch-s01-r"]
-        assert all(one["uplink"]["connected"] for one in status)
         lanes = rows("agent", "buffer", "--data", data, "--device", "watch-s01-r")
         assert {lane["stream"] for lane in lanes[0]["lanes"]} == {"watch", "exercise", "headwater.events"}
         head = rows("lake", "head", "watch", "--data", data, "-n", "3")

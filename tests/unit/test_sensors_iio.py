@@ -154,3 +154,8 @@ def test_a_scan_type_that_is_not_understood_is_named(text: str) -> None:
 
 def test_a_scan_type_without_a_shift_has_none() -> None:
     assert parse_element("x", "be:s12/16", 4) == Element("x", 4, ">", "h", 12, 16, 0)
+
+
+def test_an_unsigned_element_may_use_the_highest_bit_of_its_word() -> None:
+    layout = ScanLayout([parse_element("c", "le:u48/64>>16", 0)])
+    assert layout.decode(b"\xff" * 8)["c"].to_pylist() == [2**48 - 1]
