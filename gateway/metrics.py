@@ -74,6 +74,8 @@ class GatewayMetrics:
         self.broker_losses = counter("broker_losses_total", "Connections that failed or ended", "role")
         self.unpublished = counter("unpublished_total", "Messages not taken: no connection, or no room", "role")
 
+        self.publishes_refused = counter("publishes_refused_total", "Messages that the broker refused", "role")
+
         # Register of devices.
         self.registry_rows = counter("registry_rows_total", "Rows written to control/devices", "event")
         self.registry_dropped = counter("registry_dropped_total", "Changes not written, because the queue was full")

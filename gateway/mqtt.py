@@ -170,6 +170,17 @@ class Link:
             topic = bytes(message._topic).decode(errors="replace")
         self._on_message(topic, bytes(message.payload))
 
+    def refused(self, reason: ReasonCode, *, first: bool) -> None:
+        """For the connection: the broker answered a publish with a refusal."""
+        self._metrics.publishes_refused.labels(self.role).inc()
+        if first:
+            _log.error(
+                "publish_refused",
+                role=self.role,
+                reason=str(reason),
+                remedy="allow this gateway to publish hw/v1/ack/+, hw/v1/rewind/+ and hw/v1/desired/+",
+            )
+
     def stumbled(self, error: Exception) -> None:
         """For the connection: an error of ours or of the library."""
         self._metrics.faults.labels(f"mqtt-{self.role}").inc()
@@ -196,6 +207,7 @@ class _Attempt:
         self._closing = False
         self._connacked = False
         self._refusal = ""
+        self._told_refusal = False
         client = Client(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
@@ -309,6 +321,9 @@ class _Attempt:
     ) -> None:
         # paho holds a lock here that `publish` needs: nothing in this callback may wait.
         self._settle_one()
+        if reason.is_failure:
+            self._link.refused(reason, first=not self._told_refusal)
+            self._told_refusal = True
 
     def _on_disconnect(
         self,
