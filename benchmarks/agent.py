@@ -7,26 +7,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
+from benchmarks.khz_sensor import BLOCK_ROWS, FIELDS
 from benchmarks.report import Result, result
 from benchmarks.servers import BenchServers
-from edge_agent.sensors.port import Block
 from edge_agent.status import fetch_status
 
 RATE_HZ = 20.0
-BLOCK_ROWS = 50
 WARM_UP_S = 8.0
 SECONDS = 20.0
-FIELDS = ("ax", "ay", "az", "wx", "wy", "wz")
 TARGET_RSS_MIB = 100.0
-_rng = np.random.default_rng(1)
-
-
-def read() -> Block:
-    """A kHz sensor: fifty rows of six float32 at each poll, twenty times a second."""
-    columns = {name: _rng.standard_normal(BLOCK_ROWS).astype(np.float32) for name in FIELDS}
-    return Block(columns=columns, interval_ns=1_000_000)
 
 
 def measure() -> list[Result]:
@@ -42,7 +31,7 @@ def measure() -> list[Result]:
             url = "{servers.broker_url}"
             [streams.bench-agent]
             driver = "callable"
-            options = {{ function = "benchmarks.agent:read", fields = {{ {fields} }} }}
+            options = {{ function = "benchmarks.khz_sensor:read", fields = {{ {fields} }} }}
             sampling = {{ mode = "interval", rate_hz = {RATE_HZ} }}
             """
         )
