@@ -103,7 +103,7 @@ def test_a_retained_message_meets_whoever_subscribes_later_until_it_is_cleared(
             message = reader.receive()
             assert (message.payload, message.retain) == (b"new", True)
     with (
-        MqttClient(url, f"kept-late-{mqtt5}", mqtt5=mqtt5) as writer,
+        MqttClient(url, f"kept-once-more-{mqtt5}", mqtt5=mqtt5) as writer,
         MqttClient(url, f"kept-live-{mqtt5}", mqtt5=mqtt5) as reader,
     ):
         reader.subscribe(topic)
