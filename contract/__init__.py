@@ -33,6 +33,7 @@ topic                                from        QoS   retained  payload
 `rewind/<device>`                    gateway     0     no        `Rewind`: `{"v":1, stream, epoch, expected}`
 `desired/<device>`                   gateway     1     yes       `Desired`: `{"v":1, revision, streams}`
 `reported/<device>`                  device      1     yes       `Reported`
+`assign/<device>`                    gateway     1     yes       `Assignments`: signed orders, see `contract.models`
 `status/<device>`                    device      1     yes       `Presence`; also the last will
 ===================================  ==========  ====  ========  ==================================================
 
@@ -67,8 +68,8 @@ Rules for the record batch:
    their original numbers, rising, beginning with 0 and ending with n-1, so that what is missing stays visible.
 4. Types: null, bool, all integers, float16/32/64, decimals, string and binary (also large and fixed size), date,
    time, timestamp and duration in every unit, list, large list, fixed-size list, struct, map, and dictionaries of
-   plain values. Not: unions, views, run-end encoding, month-day-nano intervals, extension types, nesting deeper than
-   8.
+   plain values other than null. Not: unions, views, run-end encoding, month-day-nano intervals, extension types,
+   nesting deeper than 8.
 5. Arrow buffers are not compressed one by one. Values are valid (UTF-8 in strings, offsets in order).
 6. Limits (`contract.limits`): payload 8 MiB, body 64 MiB unpacked (dictionaries expanded), 65,536 rows, 1,024 fields,
    envelope 1 KiB.

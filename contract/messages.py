@@ -13,6 +13,7 @@ import msgspec
 
 from contract.errors import Reason, Rejected
 from contract.limits import CONTROL_BYTES_MAX, PROTOCOL_VERSION
+from contract.models import Assignments, ReportedModel
 
 
 class Watermark(msgspec.Struct, frozen=True):
@@ -109,9 +110,13 @@ class Reported(msgspec.Struct, frozen=True, kw_only=True):
     clock_synced: bool
     started_at_us: int
     streams: dict[str, ReportedStream]
+    models: dict[str, ReportedModel] = {}
+    """By model name; of agents that run models."""
+    tags: tuple[str, ...] = ()
+    """What the device's own file says it is, such as `site-a`: rollouts may choose by it."""
 
 
-Message = TypeVar("Message", Ack, Rewind, Presence, Desired, Reported)
+Message = TypeVar("Message", Ack, Rewind, Presence, Desired, Reported, Assignments)
 
 encode = msgspec.json.Encoder().encode
 """Encode any of these documents as UTF-8 JSON."""

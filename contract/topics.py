@@ -49,6 +49,11 @@ def reported(device: str) -> str:
     return f"{ROOT}/reported/{device}"
 
 
+def assign(device: str) -> str:
+    """The releases a device shall run, each order signed: retained."""
+    return f"{ROOT}/assign/{device}"
+
+
 def status(device: str) -> str:
     """Presence of a device: retained, with last will."""
     return f"{ROOT}/status/{device}"
