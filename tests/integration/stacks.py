@@ -109,7 +109,10 @@ class Running:
         found = {}
         for task in Path(f"/proc/{self.pid}/task").iterdir():
             for pid in (task / "children").read_text().split():
-                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                try:
+                    words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                except FileNotFoundError:
+                    continue  # it ended since it was listed, and so is no child any more
                 found[" ".join(words[1:])] = int(pid)
         return found
 
