@@ -179,6 +179,8 @@ def _check_type(kind: pa.DataType, name: str, depth: int) -> None:
         value = kind.value_type
         if types.is_nested(value) or types.is_dictionary(value) or not _is_plain(value):
             raise _unsupported(name, kind, "send the values without a dictionary")
+        if types.is_null(value):  # pyarrow crashes when one that came over the wire is asked which values are valid
+            raise _unsupported(name, kind, "a dictionary of nothing but nulls; send type null, or the values' type")
     elif types.is_struct(kind):
         if kind.num_fields == 0:
             raise _unsupported(name, kind, "a struct needs at least one field")
@@ -271,8 +273,6 @@ def _expanded_bytes(array: pa.Array) -> int:
 
 def _dictionary_bytes(array: pa.DictionaryArray) -> int:
     value = array.type.value_type
-    if pa.types.is_null(value):
-        return 0
     if pa.types.is_string(value) or pa.types.is_large_string(value):
         lengths = pc.binary_length(array.dictionary.cast(pa.large_binary()))
     elif pa.types.is_binary(value) or pa.types.is_large_binary(value):

@@ -13,10 +13,10 @@ from typing import Protocol
 
 import structlog
 
+from contract.backoff import Backoff
 from contract.batches import Clock
 from contract.codec import encode_body
 from contract.names import EVENTS_STREAM
-from edge_agent.backoff import Backoff
 from edge_agent.batcher import Batcher, BatchSettings, Closed
 from edge_agent.buffer.port import Appended, BatchBuffer, BufferUnavailableError, Eviction, NewBatch
 from edge_agent.events import Event, EventLog, Kind, to_batch

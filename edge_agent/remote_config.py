@@ -12,11 +12,12 @@ from typing import NamedTuple, TypeAlias
 
 import msgspec
 
+from contract.desired import check_desired_stream
 from contract.errors import ConfigurationError, Rejected, TemporaryError
 from contract.limits import SEQ_MAX
 from contract.messages import Desired, DesiredStream, Refusal, decode, encode
 from edge_agent.sampling.settings import with_rate
-from edge_agent.settings import StreamSettings, check_batch_age, check_batch_rows
+from edge_agent.settings import StreamSettings
 
 REASON_CHARS_MAX = 500
 
@@ -88,10 +89,7 @@ def refusal_of(desired: Desired, streams: Mapping[str, StreamSettings]) -> str |
             return f"there is no stream {name[:80]!r} on this device; its streams are: {known}"[:REASON_CHARS_MAX]
         try:
             with_rate(settings.sampling, wanted.rate_hz)
-            if wanted.max_batch_rows is not None:
-                check_batch_rows(wanted.max_batch_rows)
-            if wanted.max_batch_age_s is not None:
-                check_batch_age(wanted.max_batch_age_s)
+            check_desired_stream(wanted)
         except (ConfigurationError, ValueError) as error:
             return f"stream {name!r}: {error}"[:REASON_CHARS_MAX]
     return None

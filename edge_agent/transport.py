@@ -21,10 +21,11 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from contract.broker import BrokerAddress
 from contract.errors import ConfigurationError
 from contract.limits import CONTROL_BYTES_MAX, DEFAULT_LIMITS, ENVELOPE_BYTES_MAX
 from edge_agent.inbox import Inbox
-from edge_agent.settings import BrokerAddress, BrokerSettings, Secret
+from edge_agent.settings import BrokerSettings, Secret
 
 _log = structlog.get_logger()
 
@@ -253,7 +254,7 @@ class PahoConnection:
         if settings.username:
             client.username_pw_set(settings.username, self._secret())
         if self._address.tls:
-            client.tls_set_context(_tls_context(settings))
+            client.tls_set_context(settings.tls_context())
         client.connect_timeout = settings.connect_timeout_s
         if self._v5:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
@@ -386,25 +387,6 @@ def _no_delay(client: Client, userdata: object, sock: object) -> None:
 
 def _leave_it_to_the_loop(client: Client, userdata: object, sock: object) -> None:
     """Nothing to do: the network thread sees by itself that there is something to write."""
-
-
-def _tls_context(settings: BrokerSettings) -> ssl.SSLContext:
-    """Server name and chain are always checked; there is no switch to turn it off.
-
-    Raises:
-        ConfigurationError: a file is missing or not what it should be.
-    """
-    try:
-        context = ssl.create_default_context(cafile=settings.ca_file or None)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if settings.cert_file:
-            context.load_cert_chain(settings.cert_file, settings.key_file or None)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigurationError(
-            f"[broker] ca_file = {settings.ca_file!r}, cert_file = {settings.cert_file!r}, "
-            f"key_file = {settings.key_file!r}: {_named(error)}; give readable PEM files that belong together"
-        ) from error
-    return context
 
 
 def _refused(reason: ReasonCode) -> Lost:

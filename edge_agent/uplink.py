@@ -16,11 +16,11 @@ from typing import NamedTuple, Protocol
 import structlog
 
 from contract import topics
+from contract.backoff import Backoff
 from contract.batches import Envelope
 from contract.codec import seal
 from contract.errors import Rejected, TemporaryError
 from contract.messages import Ack, Presence, Rewind, decode, encode
-from edge_agent.backoff import Backoff
 from edge_agent.buffer.port import BatchBuffer, Stored
 from edge_agent.events import Event, Kind, Scalar
 from edge_agent.inbox import Inbox

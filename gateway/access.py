@@ -12,10 +12,11 @@ import msgspec
 import structlog
 
 from contract.errors import ConfigurationError
+from contract.settings import convert, read_toml
 from gateway.ports import QuarantineTable, StreamTable
 from gateway.registry import PATH as DEVICES_PATH
 from gateway.registry import SCHEMA as DEVICES_SCHEMA
-from gateway.settings import LakeSettings, convert, read_toml
+from gateway.settings import LakeSettings
 from lake.quarantine import QuarantineTable as LakeQuarantine
 from lake.raw import RawTable
 from lake.store import Store, StoreSettings
@@ -62,7 +63,7 @@ def store_settings(settings: LakeSettings, environ: Mapping[str, str]) -> StoreS
 
 
 def _read_credentials(path: Path) -> _Credentials:
-    return convert(read_toml(path, "a file with access_key and secret_key"), _Credentials, str(path))
+    return convert(read_toml(path, "a file with access_key and secret_key"), _Credentials, f"{path}: ")
 
 
 class LakeAccess:

@@ -138,7 +138,7 @@ def quarantine_record(batch: Pending, stream: str, why: Rejected) -> QuarantineR
         received_at_us=batch.received_at_us,
         topic=batch.topic,
         reason=str(why.reason),
-        message=str(why),
+        message=f"device {batch.lane.device!r}: {why}",
         device=batch.lane.device,
         stream=stream,
         epoch=batch.lane.epoch,

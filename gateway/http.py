@@ -38,6 +38,8 @@ ORDERS_MAX = 8
 READ_TIMEOUT_S = 10.0
 """For the body of a request."""
 PAGE_MAX, PAGE_DEFAULT = 10_000, 1_000
+REPORTS = "committed and being published; see the device's reported for its revision, or refused"
+AWAITED = "committed; this gateway has no report of the device, and only the device can judge it: it waits there"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -240,7 +242,10 @@ class HttpApi:
             )
         finally:
             self._ordering -= 1
-        return answer({"device": name, "revision": desired.revision, "streams": desired.streams})
+        device = self._views.registry.device(name)
+        note = REPORTS if device is not None and device.reported is not None else AWAITED
+        content = {"device": name, "revision": desired.revision, "streams": desired.streams, "note": note}
+        return answer(content, 202)
 
 
 async def _in_thread(work: Callable[[], Result]) -> Result:

@@ -12,7 +12,6 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import structlog
@@ -22,10 +21,12 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from contract.backoff import Backoff
+from contract.broker import BrokerAddress
 from contract.errors import ConfigurationError
 from contract.limits import DEFAULT_LIMITS
 from gateway.metrics import GatewayMetrics
-from gateway.settings import BrokerAddress, BrokerSettings
+from gateway.settings import BrokerSettings
 from gateway.watch import WatchedThread
 
 _log = structlog.get_logger()
@@ -38,7 +39,6 @@ PACKET_BYTES_MAX = 2 * DEFAULT_LIMITS.payload_bytes_max
 """Larger packets stay with the broker. Twice the limit: what is a little too large arrives, and its refusal is told."""
 STABLE_S = 10.0
 """A connection that lasted this long was a good one: the next attempt begins without backoff."""
-BACKOFF_FACTOR = 2.0
 _LOOP_S = 0.5
 
 
@@ -81,7 +81,8 @@ class Link:
         self._client_id = f"{settings.client_id_prefix}-{replica}-{secrets.token_hex(4)}-{role}"
         self._filters = list(filters)
         self._on_message, self._on_ready = on_message, on_ready
-        self._metrics, self._rng = metrics, rng
+        self._metrics = metrics
+        self._backoff = Backoff(settings.reconnect_base_s, settings.reconnect_max_s, rng)
         self._attempt: _Attempt | None = None
         self._stopping = threading.Event()
         self._down_since_s = time.monotonic()
@@ -138,7 +139,6 @@ class Link:
         return self.thread.join(max(0.1, deadline_s - time.monotonic()))
 
     def _run(self) -> None:
-        failures = 0
         while not self._stopping.is_set():
             self._metrics.broker_connects.labels(self.role).inc()
             attempt = self._attempt = _Attempt(self._settings, self._address, self._client_id, self._filters, self)
@@ -153,13 +153,10 @@ class Link:
             self._metrics.broker_losses.labels(self.role).inc()
             _log.warning("broker_lost", role=self.role, broker=str(self._address), why=trouble)
             stable = attempt.ready_at_s is not None and time.monotonic() - began_s >= STABLE_S
-            failures = 0 if stable else failures + 1
-            settings = self._settings
-            ceiling_s = min(
-                settings.reconnect_max_s, settings.reconnect_base_s * BACKOFF_FACTOR ** min(max(failures - 1, 0), 30)
-            )
+            if stable:
+                self._backoff.reset()
             self.thread.rest()
-            self._stopping.wait(self._rng.uniform(0.0, ceiling_s))
+            self._stopping.wait(self._backoff.next_delay_s())
             self.thread.beat()
 
     def arrived(self, message: MQTTMessage) -> None:
@@ -276,9 +273,9 @@ class _Attempt:
     def _connect(self) -> None:
         settings, client = self._settings, self._client
         if settings.username:
-            client.username_pw_set(settings.username, _password(settings))
+            client.username_pw_set(settings.username, settings.read_password())
         if self._address.tls:
-            client.tls_set_context(_tls_context(settings))
+            client.tls_set_context(settings.tls_context())
         client.connect_timeout = settings.connect_timeout_s
         # paho cannot change this once connected, when the broker has said how many it takes: no broker takes fewer.
         client.max_inflight_messages_set(INFLIGHT_MAX)
@@ -360,30 +357,3 @@ def _no_delay(client: Client, userdata: object, sock: object) -> None:
 
 def _leave_it_to_the_loop(client: Client, userdata: object, sock: object) -> None:
     """Nothing to do: the network thread sees by itself that there is something to write."""
-
-
-def _password(settings: BrokerSettings) -> str | None:
-    if not settings.password_file:
-        return None
-    try:
-        return Path(settings.password_file).read_text().rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            f"[broker] password_file = {settings.password_file!r} cannot be read ({error}); "
-            "write the password into it, readable for the gateway's user"
-        ) from error
-
-
-def _tls_context(settings: BrokerSettings) -> ssl.SSLContext:
-    """Server name and chain are always checked; there is no switch to turn it off."""
-    try:
-        context = ssl.create_default_context(cafile=settings.ca_file or None)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if settings.cert_file:
-            context.load_cert_chain(settings.cert_file, settings.key_file or None)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigurationError(
-            f"[broker] ca_file = {settings.ca_file!r}, cert_file = {settings.cert_file!r}, "
-            f"key_file = {settings.key_file!r}: {error}; give readable PEM files that belong together"
-        ) from error
-    return context

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import heapq
-import math
 import threading
 import time
 from collections import OrderedDict, deque
@@ -20,10 +19,12 @@ import pyarrow as pa
 import structlog
 
 from contract import topics
+from contract.desired import check_desired_stream
 from contract.errors import HeadwaterError, Reason, Rejected, TemporaryError
-from contract.limits import CONTROL_BYTES_MAX, DEFAULT_LIMITS
+from contract.limits import CONTROL_BYTES_MAX
 from contract.messages import Desired, DesiredStream, Presence, Reported, decode, encode
 from contract.names import is_name, shard_of
+from contract.settings import plain
 from gateway.acknowledger import Publish
 from gateway.devices import DESIRED, REPORTED_BYTES_MAX, Device, DeviceBook, DeviceEvent
 from gateway.ingress import wall_us
@@ -55,8 +56,6 @@ PRESENCE_BYTES_MAX = 4096
 """What it says is kept in memory for each device."""
 ATTEMPTS_MAX = 5
 RETRY_MAX_S = 15.0
-BATCH_AGE_S_MIN, BATCH_AGE_S_MAX = 0.05, 3600.0
-RATE_HZ_MAX = 1e6
 _PUBLISH_PAUSE_S = 0.1
 
 
@@ -232,10 +231,14 @@ class Registry:
             replaces: the revision the caller believes to replace; None where it does not matter.
 
         Raises:
-            Refused: the document is not acceptable, or replaces another revision.
+            Refused: no device would accept the document, or by its last report this one would not, or it replaces
+                another revision.
             TemporaryError: the lake did not answer; whether the document is in force is not known: look, then decide.
         """
         check_desired(name, streams)
+        device = self.device(name)
+        if device is not None and device.reported is not None:
+            check_against_report(streams, msgspec.json.decode(device.reported, type=Reported))
         with self._lake_lock:
             for attempt in range(1, ATTEMPTS_MAX + 1):
                 table = self._open_table()
@@ -413,7 +416,7 @@ class Registry:
 
 
 def check_desired(name: str, streams: Mapping[str, DesiredStream]) -> None:
-    """Accept what a device may be told to be. The device judges again: it knows its sensors.
+    """Accept what any device may be told to be.
 
     Raises:
         Refused: naming stream, member, value and range.
@@ -423,17 +426,32 @@ def check_desired(name: str, streams: Mapping[str, DesiredStream]) -> None:
     for stream, wanted in streams.items():
         if not is_name(stream):
             raise Refused("bad_name", f"stream {stream[:80]!r} is not a stream name; use 1 to 63 of a-z 0-9 . _ -")
-        _check(stream, "rate_hz", wanted.rate_hz, 0.0, RATE_HZ_MAX)
-        _check(stream, "max_batch_rows", wanted.max_batch_rows, 1, DEFAULT_LIMITS.rows_max)
-        _check(stream, "max_batch_age_s", wanted.max_batch_age_s, BATCH_AGE_S_MIN, BATCH_AGE_S_MAX)
+        try:
+            check_desired_stream(wanted)
+        except ValueError as error:
+            raise Refused("out_of_range", f"stream {stream!r}: {error}") from error
 
 
-def _check(stream: str, member: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not (math.isfinite(value) and low <= value <= high and value > 0):
-        raise Refused(
-            "out_of_range",
-            f"stream {stream!r}: {member} = {value} is not above 0 and within {low:g} .. {high:g}; choose another",
-        )
+def check_against_report(streams: Mapping[str, DesiredStream], reported: Reported) -> None:
+    """Accept what fits the streams that the device has, as it last said: it would refuse anything else itself.
+
+    Raises:
+        Refused: naming stream and remedy.
+    """
+    for stream, wanted in streams.items():
+        has = reported.streams.get(stream)
+        if has is None:
+            known = ", ".join(sorted(reported.streams)[:20]) or "none"
+            raise Refused(
+                "unknown_stream",
+                f"the device says that it has no stream {stream!r}; name one of its streams: {known}",
+            )
+        if wanted.rate_hz is not None and has.rate_hz is None:
+            raise Refused(
+                "rate_not_settable",
+                f"stream {stream!r}: rate_hz = {plain(wanted.rate_hz)} does not apply, its driver sets the pace; "
+                "leave rate_hz out",
+            )
 
 
 def table_of(events: Iterable[DeviceEvent]) -> pa.Table:

@@ -23,8 +23,8 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from contract.broker import BrokerAddress
 from contract.errors import ConfigurationError, TemporaryError
-from edge_agent.settings import BrokerAddress
 from edge_agent.status import fetch_status
 from headwater import itself, plan, toml
 from headwater.lake_access import store_settings

@@ -16,17 +16,17 @@ import msgspec
 import structlog
 
 from contract import messages, topics
+from contract.backoff import Backoff
 from contract.batches import Envelope
+from contract.broker import BrokerAddress
 from contract.codec import seal
 from contract.errors import ConfigurationError, Rejected, TemporaryError
 from contract.messages import Ack, Presence, Rewind
 from contract.names import is_name
-from edge_agent.backoff import Backoff
 from edge_agent.buffer.memory import MemoryBuffer
 from edge_agent.buffer.port import StreamCaps
 from edge_agent.clock import DeviceClock, read_boot_id
 from edge_agent.sender import Sender, SenderSettings
-from edge_agent.settings import BrokerAddress
 from simulators.batches import BodySource
 from simulators.light_client import KEEPALIVE_S, ConnectionFailed, LightConnection, LightWill, connect
 from simulators.reservoir import Reservoir

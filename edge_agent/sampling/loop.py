@@ -10,9 +10,9 @@ from typing import TypeVar, cast
 import pyarrow as pa
 import structlog
 
+from contract.backoff import Backoff
 from contract.errors import ConfigurationError, HeadwaterError
 from contract.limits import DEFAULT_LIMITS
-from edge_agent.backoff import Backoff
 from edge_agent.sampling.burst import BurstMode
 from edge_agent.sampling.modes import Mode, build_mode
 from edge_agent.sampling.queue import Sink, row_count

@@ -8,25 +8,12 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from contract.desired import check_rate
+from contract.settings import check_range
 from edge_agent.sensors.port import SensorConfigError
 
-RATE_HZ_MAX = 10_000.0
-RATE_HZ_MIN = 1 / 86_400
 QUEUE_WAIT_S_MAX = 60.0
 BURST_ROWS_MAX = 1_000_000
-
-
-def check_rate(rate_hz: float) -> None:
-    """Accept a polling rate.
-
-    Raises:
-        ValueError: naming the rate and the range.
-    """
-    if not RATE_HZ_MIN <= rate_hz <= RATE_HZ_MAX:
-        raise ValueError(
-            f"rate_hz = {rate_hz} is outside {RATE_HZ_MIN:.3g} (once a day) .. {RATE_HZ_MAX:g}; "
-            "above that a driver should hand over blocks"
-        )
 
 
 def check_queue_wait(queue_wait_s: float) -> None:
@@ -35,10 +22,7 @@ def check_queue_wait(queue_wait_s: float) -> None:
     Raises:
         ValueError: naming the time and the range.
     """
-    if not 0 <= queue_wait_s <= QUEUE_WAIT_S_MAX:
-        raise ValueError(
-            f"queue_wait_s = {queue_wait_s} is outside 0 .. {QUEUE_WAIT_S_MAX:g}; choose a time in that range"
-        )
+    check_range("queue_wait_s", queue_wait_s, 0, QUEUE_WAIT_S_MAX)
 
 
 class Interval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="mode", tag="interval"):

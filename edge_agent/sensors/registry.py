@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, cast
 
 from contract.errors import HeadwaterError
+from contract.settings import absolute
 from edge_agent.sensors.port import Sensor, SensorConfigError, SensorFactory
 
 ENTRY_POINT_GROUP = "headwater.sensors"
@@ -26,6 +28,15 @@ BUILT_IN: Mapping[str, str] = {
 }
 """Driver name to `module:factory`. A built-in name cannot be taken over by an entry point."""
 
+PATH_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "callable": ("search_path",),
+    "host": ("disk",),
+    "hwmon": ("root",),
+    "iio": ("root", "dev"),
+    "replay": ("path",),
+}
+"""Options of built-in drivers that are paths: relative ones count from the folder of the configuration file."""
+
 _MEMBERS = ("open", "read", "close")
 
 
@@ -33,6 +44,18 @@ def drivers() -> dict[str, str]:
     """Every driver there is: its name, and where it comes from (`built in`, or distribution and version)."""
     found = {entry.name: _origin(entry) for entry in entry_points(group=ENTRY_POINT_GROUP)}
     return dict(sorted(found.items())) | dict.fromkeys(BUILT_IN, "built in")
+
+
+def with_absolute_paths(driver: str, options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The options of a driver, relative paths counted from `folder`.
+
+    Only the driver of a package knows which of its options are paths; it gets them as they are written.
+    """
+    paths = PATH_OPTIONS.get(driver, ())
+    return {
+        name: absolute(folder, value) if name in paths and isinstance(value, str) else value
+        for name, value in options.items()
+    }
 
 
 def create_sensor(driver: str, options: Mapping[str, Any]) -> Sensor:

@@ -16,10 +16,10 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from contract.broker import BrokerAddress
 from contract.errors import TemporaryError
 from contract.limits import DEFAULT_LIMITS, ENVELOPE_BYTES_MAX
 from contract.topics import ROOT
-from edge_agent.settings import BrokerAddress
 from headwater.checks.findings import Finding, failed, guarded, ok, warning
 
 TIMEOUT_S = 10.0

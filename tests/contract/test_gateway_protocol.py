@@ -235,8 +235,8 @@ def test_a_type_that_contradicts_the_table_is_stepped_over_and_nothing_else_is_h
     assert gateway.stored() == [1, 3]
     [record] = gateway.quarantine.records
     assert record.reason == Reason.TYPE_CONFLICT
-    for word in ("x", "string", "double"):
-        assert word in record.message
+    for said in ("device 'pi-1'", "field 'x'", "string", "double"):
+        assert said in record.message
 
 
 def test_a_new_epoch_begins_at_1_beside_the_old_one():

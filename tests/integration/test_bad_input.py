@@ -186,6 +186,11 @@ CASES = {
     "columns-2000": Case(of_batch(named(*(f"c{n}" for n in range(2_000)))), Fate.STEPPED_OVER, Reason.TOO_MANY_FIELDS),
     "type-conflict": Case(of_columns({**NOW, "x": pa.array(["text"])}), Fate.STEPPED_OVER, Reason.TYPE_CONFLICT),
     "case-conflict": Case(of_columns({**NOW, "X": pa.array([1.0])}), Fate.STEPPED_OVER, Reason.NAME_CONFLICT),
+    "dictionary-of-null": Case(
+        of_columns({**NOW, "x": pa.DictionaryArray.from_arrays(pa.array([None], pa.int8()), pa.nulls(0))}),
+        Fate.STEPPED_OVER,
+        Reason.UNSUPPORTED_TYPE,
+    ),
     "union": Case(of_columns({**NOW, "x": UNIONS}), Fate.STEPPED_OVER, Reason.UNSUPPORTED_TYPE),
     "name-empty": Case(of_batch(named("")), Fate.STEPPED_OVER, Reason.BAD_FIELD_NAME),
     "name-300-bytes": Case(of_batch(named("n" * 300)), Fate.STEPPED_OVER, Reason.BAD_FIELD_NAME),

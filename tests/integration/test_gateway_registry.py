@@ -87,7 +87,7 @@ def test_a_desired_document_reaches_its_device_and_survives_broker_and_gateway(s
         with MqttClient(broker.url, "told-1") as device:
             device.subscribe(topics.desired("told-1"))
             status, found = gateway.put("/v1/devices/told-1/desired", {"streams": {"vibration": {"rate_hz": 50}}})
-            assert (status, found["revision"]) == (200, 1)
+            assert (status, found["revision"]) == (202, 1)
             message = device.receive()
             assert decode(message.payload, Desired) == Desired(
                 revision=1, streams={"vibration": DesiredStream(rate_hz=50)}
@@ -99,7 +99,7 @@ def test_a_desired_document_reaches_its_device_and_survives_broker_and_gateway(s
         gateway.kill()
         gateway.start()
         status, found = gateway.put("/v1/devices/told-1/desired", {"streams": {}, "replaces": 1})
-        assert (status, found["revision"]) == (200, 2)
+        assert (status, found["revision"]) == (202, 2)
         status, found = gateway.put("/v1/devices/told-1/desired", {"streams": {}, "replaces": 1})
         assert (status, found["error"]["code"]) == (409, "conflict")
 
@@ -113,7 +113,7 @@ def test_gateways_share_one_register(mosquitto, object_store, tmp_path):
         for number in range(6):
             name = f"shared-register-{number}"
             gateway = (one, two)[number % 2]
-            assert gateway.put(f"/v1/devices/{name}/desired", {"streams": {}})[0] == 200
+            assert gateway.put(f"/v1/devices/{name}/desired", {"streams": {}})[0] == 202
         for gateway in (one, two):
             for number in range(6):
                 path = f"/v1/devices/shared-register-{number}"
@@ -124,7 +124,7 @@ def test_gateways_share_one_register(mosquitto, object_store, tmp_path):
                 )
         answers = [one.put("/v1/devices/shared-register-0/desired", {"streams": {}, "replaces": 1})]
         answers.append(two.put("/v1/devices/shared-register-0/desired", {"streams": {}, "replaces": 1}))
-        assert sorted(status for status, _ in answers) == [200, 409]
+        assert sorted(status for status, _ in answers) == [202, 409]
 
 
 def test_documents_that_are_none_are_counted_and_disturb_nobody(mosquitto, tmp_path):

@@ -54,7 +54,7 @@ def wrong(options):
 
 SAMPLE = """
 import json, random, sys, threading
-from edge_agent.backoff import Backoff
+from contract.backoff import Backoff
 from edge_agent.sampling.loop import SensorLoop
 from edge_agent.sampling.queue import RowQueue
 from edge_agent.sampling.runner import SensorRunner

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from edge_agent.backoff import Backoff
+from contract.backoff import Backoff
 from edge_agent.sampling.loop import SensorLoop
 from edge_agent.sampling.queue import RowQueue
 from edge_agent.sampling.runner import SensorRunner

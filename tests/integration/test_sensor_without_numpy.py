@@ -16,7 +16,7 @@ import sys
 sys.modules["numpy"] = None  # importing it fails from here on
 import array, pathlib, random, struct, tempfile, threading
 import pyarrow as pa
-from edge_agent.backoff import Backoff
+from contract.backoff import Backoff
 from edge_agent.sampling.loop import SensorLoop
 from edge_agent.sampling.metrics import SamplingCollector
 from edge_agent.sampling.queue import RowQueue

@@ -8,9 +8,10 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from contract.desired import RATE_HZ_MAX, RATE_HZ_MIN
 from contract.messages import Refusal, encode
 from edge_agent.remote_config import REASON_CHARS_MAX, Applied, Ignored, apply, in_force
-from edge_agent.sampling.settings import RATE_HZ_MAX, RATE_HZ_MIN, Burst, Interval, Stream, Trigger
+from edge_agent.sampling.settings import Burst, Interval, Stream, Trigger
 from edge_agent.settings import StreamSettings
 
 STREAMS = {

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
+from contract.broker import BrokerAddress
 from contract.errors import ConfigurationError
 from edge_agent.buffer.port import WhenFull
 from edge_agent.sampling.settings import Burst, Interval, OnChange, Stream
 from edge_agent.sensors.registry import create_sensor
-from edge_agent.settings import BrokerAddress, BrokerSettings, load_settings, secret_from
+from edge_agent.settings import BrokerSettings, load_settings, secret_from
 
 MINIMAL = 'device = "pi-1"\n[broker]\nurl = "mqtt://broker"\n'
 EXAMPLES = Path(__file__).parents[2] / "examples" / "agent"
@@ -29,6 +30,58 @@ def test_a_device_and_a_broker_are_enough(tmp_path: Path) -> None:
     assert settings.remote_config_path == tmp_path / "buffer.desired.json"
     assert settings.broker.mqtt5
     assert settings.uplink.window_batches_max == 64
+
+
+def test_paths_in_options_count_from_the_folder_of_the_file_not_from_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutants tried: options left as written; every text of the options taken for a path."""
+    folder, elsewhere = tmp_path / "etc", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (folder / "run.csv").write_text("ts,x\n2024-01-01T00:00:00Z,1.5\n")
+    (folder / "agent.toml").write_text(
+        MINIMAL
+        + """
+[streams.run]
+driver = "replay"
+options = { path = "run.csv", format = "csv" }
+sampling = { mode = "stream" }
+
+[streams.door]
+driver = "callable"
+options = { function = "door:read", search_path = "/opt/sensors" }
+
+[streams.mine]
+driver = "of-a-package"
+options = { path = "as-written" }
+"""
+    )
+    monkeypatch.chdir(elsewhere)
+    streams = load_settings(Path("../etc/agent.toml")).streams
+    assert streams["run"].options == {"path": str(folder / "run.csv"), "format": "csv"}
+    assert streams["door"].options == {"function": "door:read", "search_path": "/opt/sensors"}
+    assert streams["mine"].options == {"path": "as-written"}
+    assert create_sensor("replay", streams["run"].options) is not None
+
+
+@pytest.mark.parametrize(
+    ("table", "range_"),
+    [
+        ("[buffer]\nbytes_max = 5", "bytes_max = 5 is outside 1048576 .. 1125899906842624 bytes"),
+        ("[uplink]\nack_timeout_s = 0.01", "ack_timeout_s = 0.01 is outside 0.1 .. 3600 s"),
+        (
+            "[streams.s]\ndriver = 'host'\nsampling = {rate_hz = 1e6}",
+            "1000000 is outside 0.0000116 (once a day) .. 10000 Hz",
+        ),
+    ],
+)
+def test_ranges_are_told_in_plain_numbers_with_their_unit(tmp_path: Path, table: str, range_: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load(tmp_path, MINIMAL + table)
+    assert range_ in str(caught.value)
+    assert "e+" not in str(caught.value)
+    assert "e-" not in str(caught.value).partition("outside")[2]
 
 
 def test_streams_are_read_with_their_mode_batching_and_caps(tmp_path: Path) -> None:
@@ -83,7 +136,7 @@ sampling = { mode = "stream" }
         (MINIMAL + "protocol = '4'", "[broker] protocol = '4'"),
         (MINIMAL + "ca_file = 'ca.pem'", "url = 'mqtt://broker' is without TLS"),
         (MINIMAL + "cert_file = 'c.pem'", "give both, or neither"),
-        (MINIMAL + "password_file = 'p'", "there is a password, but no username"),
+        (MINIMAL + "password_file = 'p'", "stands without a username"),
         (MINIMAL + "[buffers]", "buffers = {} is an unknown key"),
         (MINIMAL + "[uplink]\nack_timeout_s = nan", "ack_timeout_s = nan is outside"),
         (MINIMAL + "[metrics]\nlisten = '9464'", "listen = '9464' is not host:port"),
@@ -91,7 +144,7 @@ sampling = { mode = "stream" }
         (MINIMAL + "[streams.S]\ndriver = 'host'", "[streams.S] is not a stream name"),
         (MINIMAL + "[streams.'headwater.x']\ndriver = 'host'", "is reserved"),
         (MINIMAL + "[streams.s]\ndriver = 'host'\nrate_hz = 5", "[streams.s] rate_hz = 5 is an unknown key"),
-        (MINIMAL + "[streams.s]\ndriver = 'host'\nsampling = {rate_hz = 0}", "[sampling] rate_hz = 0.0 is outside"),
+        (MINIMAL + "[streams.s]\ndriver = 'host'\nsampling = {rate_hz = 0}", "[sampling] rate_hz = 0 is outside"),
         (MINIMAL + "[streams.s]\ndriver = 'host'\nsampling = {mode = 'x'}", "mode = 'x'"),
         (
             MINIMAL + "[streams.s]\ndriver = 'host'\nmax_batch_rows = 70000",

@@ -176,6 +176,13 @@ def test_a_batch_that_breaks_a_rule_is_refused_and_the_stream_goes_on() -> None:
             {"ts": pa.array([1], pa.timestamp("us", "UTC")), "x": pa.array(["a"], pa.string_view())},
             Reason.UNSUPPORTED_TYPE,
         ),
+        (
+            {
+                "ts": pa.array([1], pa.timestamp("us", "UTC")),
+                "x": pa.DictionaryArray.from_arrays(pa.array([None], pa.int8()), pa.nulls(0)),
+            },
+            Reason.UNSUPPORTED_TYPE,
+        ),
     ],
 )
 def test_every_refusal_has_its_reason(columns: dict[str, pa.Array], reason: Reason) -> None:

@@ -156,7 +156,9 @@ async def test_a_desired_document_is_set_and_shown(tmp_path):
     status, found = await api.ask(
         "PUT", "/v1/devices/pi-1/desired", json={"streams": {STREAM: {"rate_hz": 10}}, "replaces": 0}
     )
-    assert (status, found) == (200, {"device": "pi-1", "revision": 1, "streams": {STREAM: {"rate_hz": 10}}})
+    assert status == 202
+    assert "waits there" in found.pop("note")
+    assert found == {"device": "pi-1", "revision": 1, "streams": {STREAM: {"rate_hz": 10}}}
     status, found = await api.ask("GET", "/v1/devices/pi-1")
     assert found["desired"] == {"revision": 1, "streams": {STREAM: {"rate_hz": 10}}}
     status, found = await api.ask("PUT", "/v1/devices/pi-1/desired", json={"streams": {}, "replaces": 0})
@@ -183,6 +185,7 @@ GOOD = {"Content-Type": "application/json"}
         ("PUT", "/v1/devices/pi-1/desired", {"json": {"streams": {"s": {"rat_hz": 1}}}}, 400, "bad_document"),
         ("PUT", "/v1/devices/pi-1/desired", {"json": {"streams": {}, "replaces": -1}}, 400, "bad_document"),
         ("PUT", "/v1/devices/pi-1/desired", {"json": {"streams": {"s": {"rate_hz": 0}}}}, 422, "out_of_range"),
+        ("PUT", "/v1/devices/pi-1/desired", {"json": {"streams": {"s": {"rate_hz": 1e6}}}}, 422, "out_of_range"),
         ("PUT", "/v1/devices/Pi%201/desired", {"json": {"streams": {}}}, 422, "bad_name"),
         (
             "PUT",

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from contract import topics
 from contract.errors import TemporaryError
 from contract.limits import SHARDS
-from contract.messages import Desired, DesiredStream, Presence, Reported, decode, encode
+from contract.messages import Desired, DesiredStream, Presence, Reported, ReportedStream, decode, encode
 from contract.names import shard_of
 from gateway.registry import PATH, SCHEMA, Refused, Registry, events_of
 from gateway.settings import RegistrySettings
@@ -191,7 +191,8 @@ def test_a_revision_is_never_given_twice_though_memory_forgot_the_device(tmp_pat
     [
         ("Pi 1", {}, "bad_name", "use 1 to 63"),
         ("pi-1", {"UP": DesiredStream()}, "bad_name", "stream 'UP'"),
-        ("pi-1", {"s": DesiredStream(rate_hz=0.0)}, "out_of_range", "rate_hz = 0.0"),
+        ("pi-1", {"s": DesiredStream(rate_hz=0.0)}, "out_of_range", "rate_hz = 0 is outside"),
+        ("pi-1", {"s": DesiredStream(rate_hz=10_001.0)}, "out_of_range", "0.0000116 (once a day) .. 10000 Hz"),
         ("pi-1", {"s": DesiredStream(rate_hz=float("nan"))}, "out_of_range", "rate_hz = nan"),
         ("pi-1", {"s": DesiredStream(max_batch_rows=65_537)}, "out_of_range", "1 .. 65536"),
         ("pi-1", {"s": DesiredStream(max_batch_age_s=0.01)}, "out_of_range", "max_batch_age_s = 0.01"),
@@ -205,6 +206,50 @@ def test_a_document_that_no_device_could_follow_is_refused_with_a_remedy(tmp_pat
     assert told.value.code == code
     assert words in str(told.value)
     assert bench.rows() == []
+
+
+REPORT = Reported(
+    revision=0,
+    agent="agent/1",
+    boot=BOOT,
+    clock_synced=True,
+    started_at_us=0,
+    streams={
+        name: ReportedStream(
+            enabled=True,
+            rate_hz=rate_hz,
+            max_batch_rows=500,
+            max_batch_age_s=5.0,
+            readings=0,
+            overruns=0,
+            waiting_batches=0,
+            waiting_rows=0,
+            waiting_bytes=0,
+            evicted_rows=0,
+        )
+        for name, rate_hz in (("climate", 1.0), ("audio", None))
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "words"),
+    [
+        ({"climat": DesiredStream(enabled=False)}, "unknown_stream", "its streams: audio, climate"),
+        ({"audio": DesiredStream(rate_hz=5.0)}, "rate_not_settable", "'audio': rate_hz = 5 does not apply"),
+    ],
+)
+def test_what_a_device_has_reported_to_lack_is_refused_before_it_is_written(tmp_path, streams, code, words):
+    """Mutants tried: judged after the commit; a device that has not reported judged like one without streams."""
+    bench = Bench(tmp_path)
+    bench.registry.refresh()
+    assert bench.registry.set_desired("pi-1", streams).revision == 1
+    bench.registry.receive(topics.reported("pi-1"), encode(REPORT))
+    with pytest.raises(Refused) as told:
+        bench.registry.set_desired("pi-1", streams)
+    assert told.value.code == code
+    assert words in str(told.value)
+    assert bench.registry.set_desired("pi-1", {"climate": DesiredStream(rate_hz=5.0)}).revision == 2
 
 
 def test_rows_wait_for_a_lake_that_does_not_answer_and_are_bounded(tmp_path):

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.backoff import Backoff
+from contract.backoff import Backoff
 from edge_agent.sampling.loop import SensorLoop
 from edge_agent.sampling.settings import Burst, Interval, OnChange, Sampling, Stream, Trigger
 from edge_agent.sampling.status import State

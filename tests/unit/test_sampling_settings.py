@@ -44,12 +44,12 @@ def test_modes_are_told_apart_in_toml() -> None:
     [
         ({"mode": "sometimes"}, "sometimes"),
         ({"rat_hz": 5}, "rat_hz"),
-        ({"rate_hz": 0}, r"rate_hz = 0\.0 is outside"),
-        ({"rate_hz": -1}, r"rate_hz = -1\.0 is outside"),
+        ({"rate_hz": 0}, r"rate_hz = 0 is outside"),
+        ({"rate_hz": -1}, r"rate_hz = -1 is outside"),
         ({"rate_hz": 20_000}, "hand over blocks"),
         ({"rate_hz": float("nan")}, "rate_hz = nan"),
         ({"rate_hz": "5"}, "Expected `float`, got `str`"),
-        ({"queue_wait_s": 61}, r"queue_wait_s = 61\.0"),
+        ({"queue_wait_s": 61}, r"queue_wait_s = 61 is outside 0 .. 60 s"),
         ({"mode": "stream", "rate_hz": 5}, "rate_hz"),
         ({"mode": "on_change", "deadband": {"t": -1}}, "deadband of 't' = -1"),
         ({"mode": "on_change", "deadband": {"t": "2"}}, '"2%"'),
@@ -87,5 +87,5 @@ def test_a_rate_from_far_away_applies_where_the_agent_sets_the_pace() -> None:
     for settings in (Stream(), OnChange(rate_hz=0), Burst(rate_hz=0, trigger=(Trigger(field="x", above=1),))):
         with pytest.raises(SensorConfigError, match="sets the pace"):
             with_rate(settings, 5.0)
-    with pytest.raises(SensorConfigError, match=r"rate_hz = 0\.0 is outside"):
+    with pytest.raises(SensorConfigError, match=r"rate_hz = 0 is outside"):
         with_rate(Interval(), 0.0)

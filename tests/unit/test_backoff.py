@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from edge_agent.backoff import Backoff
+from contract.backoff import Backoff
 
 
 def test_ceilings_double_up_to_the_cap_and_never_overflow() -> None:

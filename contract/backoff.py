@@ -1,5 +1,7 @@
 """How long to wait before trying again: exponential backoff with full jitter, so that a fleet does not return at once.
 
+Devices and gateways lose the same broker at the same moment; both come back by this rule.
+
 Source: "Exponential Backoff And Jitter", M. Brooker, AWS Architecture Blog, 2015 (full jitter).
 """
 
