@@ -11,6 +11,7 @@ import ctypes
 import gc
 import importlib.metadata
 import logging
+import math
 import os
 import random
 import secrets
@@ -169,7 +170,7 @@ class _Agent:
         self._clock = clock = DeviceClock(identity.boot, synced)
         rng = random.Random(secrets.randbits(64))
         self._metrics = metrics = AgentMetrics(CollectorRegistry())
-        metrics.watch_process(time.process_time, _resident_bytes)
+        metrics.watch_process(time.process_time, _resident_bytes, _written_bytes)
         metrics.buffer_bytes_max.set(settings.buffer.bytes_max)
         events = EventLog()
 
@@ -354,3 +355,12 @@ def _version() -> str:
 def _resident_bytes() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return float(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _written_bytes() -> float:
+    """NaN where the kernel does not tell (proc(5), `/proc/pid/io`)."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return math.nan
+    return next((float(line.split()[1]) for line in lines if line.startswith("write_bytes:")), math.nan)

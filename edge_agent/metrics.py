@@ -64,12 +64,23 @@ class AgentMetrics:
         self.buffer_bytes_max = gauge("buffer_bytes_max", "Limit of the whole buffer")
         self.clock_synced = gauge("clock_synced", "1 while the wall clock is synchronised")
 
-    def watch_process(self, cpu_seconds: Callable[[], float], resident_bytes: Callable[[], float]) -> None:
+    def watch_process(
+        self,
+        cpu_seconds: Callable[[], float],
+        resident_bytes: Callable[[], float],
+        written_bytes: Callable[[], float],
+    ) -> None:
         """Add the figures of the process itself, read at each exposition."""
         cpu = Gauge("headwater_agent_cpu_seconds", "CPU time of the process, user and system", registry=self.registry)
         cpu.set_function(cpu_seconds)
         resident = Gauge("headwater_agent_resident_bytes", "Memory of the process in RAM", registry=self.registry)
         resident.set_function(resident_bytes)
+        written = Gauge(
+            "headwater_agent_storage_written_bytes",
+            "What the process had written to disks since its start; over body_bytes_total: the wear of an SD card",
+            registry=self.registry,
+        )
+        written.set_function(written_bytes)
 
     def exposition(self) -> str:
         """All of it in Prometheus' text format."""

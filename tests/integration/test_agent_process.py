@@ -452,6 +452,9 @@ def test_the_status_socket_tells_how_the_agent_is(agent_of: Agents, mosquitto: B
         text = fetch_metrics(agent.socket)
         for line in ('headwater_agent_rows_total{stream="numbers"}', "headwater_agent_connected 1.0"):
             assert line in text
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        assert float(values["headwater_agent_storage_written_bytes"]) > 4096.0
+        assert float(values["headwater_agent_resident_bytes"]) > 1e7
         gateway.committing.set()
         wait_until(
             lambda: "headwater_agent_ack_seconds_count 0.0" not in fetch_metrics(agent.socket), PATIENCE_S, "acks"
