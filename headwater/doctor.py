@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from contract.errors import ConfigurationError
 from headwater import extras
@@ -10,6 +12,7 @@ from headwater.checks.broker import BrokerLogin, check_broker
 from headwater.checks.findings import Finding, Verdict, failed, skipped
 from headwater.checks.host import check_host
 from headwater.place import BROKER_VARIABLE, LAKE_VARIABLE, data_folder, read_record
+from headwater.stack.folder import is_held
 
 
 def examine(
@@ -30,12 +33,14 @@ def examine(
     folder = data_folder(data, environment)
     record = read_record(folder)
     findings = check_host(folder)
-    url = broker or environment.get(BROKER_VARIABLE) or (record.broker if record else None)
+    named = broker or environment.get(BROKER_VARIABLE)
+    url = named or (record.broker if record else None)
     if url is None:
         findings.append(skipped("broker", f"no --broker was given, and {folder} holds no stack"))
     else:
         login = BrokerLogin(url=url, username=username, password_file=password_file, ca_file=ca_file)
-        findings += check_broker(login)
+        own = record is not None and not named and record.broker_kind != "external"
+        findings += check_broker(login, _remedy(folder, "broker") if own else "")
     if not (lake or environment.get(LAKE_VARIABLE) or record):
         findings.append(skipped("store", f"no --lake was given, and {folder} holds no stack"))
     elif extras.missing("gateway"):
@@ -48,11 +53,22 @@ def examine(
 def _store(lake: str | None, data: str | None, environment: Mapping[str, str]) -> list[Finding]:
     from headwater.checks.store import REMEDY, check_store
     from headwater.lake_access import find_store
+    from lake.credentials import require_credentials
 
     try:
-        return check_store(find_store(lake, data, environment).settings)
+        found = find_store(lake, data, environment)
+        require_credentials(found.settings, environment)
+        own = found.embedded_in
+        return check_store(found.settings, _remedy(own, "store") if own is not None else REMEDY)
     except ConfigurationError as error:
         return [failed("store.open", str(error), REMEDY)]
+
+
+def _remedy(folder: Path, server: str) -> str:
+    """What to do where a server of a stack does not answer."""
+    if is_held(folder):
+        return f"see why it does not answer: {folder}/logs/{server}.log; the stack over {folder} is running"
+    return f"the stack over {folder} is stopped; start it: headwater up --data {shlex.quote(str(folder))}"
 
 
 def verdict_of(findings: Sequence[Finding]) -> Verdict:

@@ -38,9 +38,10 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     lake: str = "embedded"
     """`embedded`, `file:///…` or `s3://…`."""
     port: int | None = None
-    """Of the gateway's HTTP; None: the usual one, or the one of last time."""
+    """Of the gateway's HTTP: this one or none; 0: a free one; None: the usual one, else the one of last time or another
+    that is free."""
     seconds: float | None = None
-    """How long to run; None: until told to stop."""
+    """How long to run, above 0; None: until told to stop."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything starts."""
@@ -57,10 +58,8 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.lake != "embedded" and not re.match(r"(file|s3)://", self.lake):
             raise ConfigurationError(f"--lake {self.lake!r} is none of embedded, file:///folder, s3://bucket/prefix")
-        if self.port is not None and not 1 <= self.port <= 65_535:
-            raise ConfigurationError(f"--port {self.port} is outside 1..65535")
-        if self.seconds is not None and not self.seconds > 0:
-            raise ConfigurationError(f"{self.seconds:g} seconds; choose a number above 0")
+        if self.port is not None and not 0 <= self.port <= 65_535:
+            raise ConfigurationError(f"--port {self.port} is outside 0..65535; 0 takes a free one")
         if self.recordings not in (WATCH, SYNTHETIC) and not Path(self.recordings).expanduser().is_file():
             raise ConfigurationError(
                 f"--recordings {self.recordings!r} is neither watch nor synthetic, and there is no such file"

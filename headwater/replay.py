@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ import msgspec
 from contract.errors import ConfigurationError, HeadwaterError, TemporaryError
 from edge_agent.app import run_agent
 from edge_agent.sampling.status import State
+from edge_agent.sensors.recording import FileOptions, Recording
+from edge_agent.sensors.registry import create_sensor
 from edge_agent.settings import parse_settings
 from edge_agent.status import fetch_status
 from headwater.exits import Exit
@@ -93,7 +96,9 @@ def run_replay(options: ReplayOptions) -> ReplayResult:
         ConfigurationError: an option cannot be.
         TemporaryError: the agent died, or its disk refused.
     """
-    settings = parse_settings(replay_config(options), source="headwater simulate replay", folder=options.folder)
+    config = replay_config(options)
+    settings = parse_settings(config, source="headwater simulate replay", folder=options.folder)
+    _check_file(config["streams"][options.stream]["options"])
     try:
         options.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -106,8 +111,12 @@ def run_replay(options: ReplayOptions) -> ReplayResult:
     finally:
         watcher.stop.set()
         thread.join()
-    if watcher.failure:
-        raise ReplayFailed(watcher.failure)
+    if watcher.failed:
+        accepted = watcher.seen["accepted_rows"]
+        raise ReplayFailed(
+            f"{options.path} cannot be read further after {accepted:,} rows (the line above says why); mend the file, "
+            "or describe it better with --fields, --time-format, --delimiter"
+        )
     if code != Exit.OK:
         raise TemporaryError(f"the agent of {options.device} ended with {code}; its log above says why")
     seen = watcher.seen
@@ -120,19 +129,48 @@ def run_replay(options: ReplayOptions) -> ReplayResult:
     )
 
 
+def _check_file(driver: Mapping[str, Any]) -> None:
+    """Refuse, before an agent is started, what the driver would refuse at its first rows.
+
+    Raises:
+        ReplayFailed: in words of the command.
+    """
+    file = {name: driver[name] for name in ("path", "time_column", "fields", "delimiter", "time_format")}
+    try:
+        create_sensor("replay", driver)
+        recording = Recording(FileOptions(**file))
+        try:
+            next(recording.pieces(), None)
+        finally:
+            recording.close()
+    except ConfigurationError as error:
+        raise ReplayFailed(in_words_of_the_command(str(error))) from error
+
+
+_TYPED = re.compile(r"'[^']*'|\b(time_column|time_format|keep_timestamps|fields|delimiter|speed|loop)\b")
+_ELSEWHERE = re.compile(r"\b(skip_rows|rate_hz|start_s)\b")
+
+
+def in_words_of_the_command(message: str) -> str:
+    """A message of the driver `replay` with the options of `headwater simulate replay`; what is quoted stays."""
+    text = re.sub(r"^driver 'replay'[:,] ", "", message).replace("option 'path' = ", "FILE ")
+    text = _TYPED.sub(lambda found: f"--{found[1].replace('_', '-')}" if found[1] else found[0], text)
+    return f"{text} (an agent.toml with driver replay has more options)" if _ELSEWHERE.search(text) else text
+
+
 class _Watcher:
     """Looks at the agent from beside; asks it to end when the file has ended and nothing waits.
 
     Attributes:
         seen: the last that the agent said of the stream.
-        failure: why the file cannot be replayed; empty if it can.
+        failed: whether the file cannot be replayed further; the agent has logged why.
     """
 
     def __init__(self, socket: Path, stream: str) -> None:
         self._socket, self._stream = socket, stream
         self.stop = threading.Event()
         self.seen: Mapping[str, Any] = {}
-        self.failure = ""
+        self.failed = False
 
     def run(self) -> None:
         """Look until told to stop."""
@@ -147,7 +185,7 @@ class _Watcher:
 
     def _is_done(self, stream: Mapping[str, Any]) -> bool:
         if stream["state"] == State.FAILED:
-            self.failure = str(stream["last_error"])
+            self.failed = True
             return True
         taken = stream["readings"] - stream["refused_rows"] - stream["suppressed_rows"] - stream["overruns"]
         stored = stream["accepted_rows"] + stream["dropped_rows"] >= taken

@@ -8,7 +8,10 @@ from collections.abc import Iterable
 import pyarrow as pa
 
 from headwater import output
-from lake.formats import TABLE_ROWS_MAX, Format, plain, write
+from lake.formats import Format, plain, write
+
+TABLE_ROWS_MAX = 1_000
+"""A person reads no more; every other format is complete."""
 
 
 def write_rows(batches: Iterable[pa.RecordBatch], form: str) -> None:

@@ -35,10 +35,11 @@ from headwater.stack.errors import NotReady
 from headwater.stack.folder import DataFolder
 from headwater.stack.lifecycle import Policy, State
 from headwater.stack.objectstore import Seaweed
-from headwater.stack.ports import HOST, PortBook, is_free, write_whole
+from headwater.stack.ports import HOST, PortBook, is_free, listener, write_whole
 from headwater.stack.probes import MqttProbe
 from headwater.stack.supervisor import ChildSpec, Supervisor
 from headwater.turn import turn
+from lake.credentials import require_credentials
 from lake.store import Store, StoreSettings
 
 _log = structlog.get_logger()
@@ -189,6 +190,7 @@ class Stack:
             }
             return store_settings(access), table
         settings = StoreSettings.from_environment(self.options.lake, self._environment)
+        require_credentials(settings, self._environment)
         # Ask now: a gateway that cannot write would only be seen as devices that keep their data.
         Store(settings).probe()
         table = {"url": settings.url}
@@ -211,12 +213,17 @@ class Stack:
         return broker.url, kind
 
     def _http_port(self) -> int:
+        """The port that was asked for, or none: who names one has told others. Unasked, any will do."""
         wanted = self.options.port
-        if wanted is not None and is_free(wanted):
+        if wanted:
+            if not is_free(wanted):
+                raise ConfigurationError(
+                    f"--port {wanted} is taken{listener(wanted)}; stop that, or choose another (0 takes a free one)"
+                )
             return wanted
-        port = self._book.claim({"http": HTTP_PORT})["http"]
-        if port != (wanted or HTTP_PORT):
-            self.notes.append(f"port {wanted or HTTP_PORT} is taken: the gateway listens on {port}")
+        port = self._book.claim({"http": HTTP_PORT if wanted is None else None})["http"]
+        if wanted is None and port != HTTP_PORT:
+            self.notes.append(f"port {HTTP_PORT} is taken: the gateway listens on {port}")
         return port
 
     def _place(self, device: DevicePlan) -> DevicePlace:

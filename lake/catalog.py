@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from lake.errors import ObjectMissingError, QueryError
+from lake.errors import NoSuchVersionError, ObjectMissingError
 from lake.history import version_at
 from lake.log import TransactionLog
 from lake.quarantine import PATH as QUARANTINE_PATH
@@ -82,7 +82,9 @@ class Catalog:
         if at is not None:
             latest = self.state(path)
             if latest is not None and not 0 <= at <= latest.version:
-                raise QueryError(f"{path} has versions 0 to {latest.version}, not {at}")
+                raise NoSuchVersionError(
+                    f"{path.removeprefix('raw/')} has no version {at}; choose one of 0 to {latest.version}, or a time"
+                )
             return None if latest is None else self._at_version(path, at)
         with self._lock:
             handle = self._handles.pop(path, None)

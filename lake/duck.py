@@ -14,6 +14,7 @@ import duckdb
 import msgspec
 
 from contract.errors import ConfigurationError
+from lake.credentials import no_credentials
 from lake.store import Store
 
 
@@ -96,9 +97,7 @@ def _secret(store: Store) -> str:
     parts = {"TYPE": "s3", "REGION": literal(settings.region), "SCOPE": literal(store.table_uri("").rstrip("/"))}
     if settings.access_key is None or settings.secret_key is None:
         # DuckDB finds a machine's own role only with an extension that is in no wheel.
-        raise ConfigurationError(
-            f"there are no keys to query {settings.url}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
+        raise ConfigurationError(f"{no_credentials(settings)}; SQL needs keys, a machine's own role does not serve it")
     parts["KEY_ID"], parts["SECRET"] = literal(settings.access_key), literal(settings.secret_key)
     if settings.session_token is not None:
         parts["SESSION_TOKEN"] = literal(settings.session_token)

@@ -30,5 +30,9 @@ class QueryError(HeadwaterError):
     """A question cannot be answered as it was asked. Ask differently: the message says what is wrong."""
 
 
+class NoSuchVersionError(QueryError):
+    """A question is about a version that its table never had."""
+
+
 class UnknownStreamError(QueryError):
     """A question names a stream that the lake does not have."""

@@ -1,15 +1,14 @@
-"""Answers as bytes: Arrow, Parquet, CSV, JSON, JSON lines, or a table for a person; piece by piece, in bounded memory.
+"""Answers as bytes: Arrow, Parquet, CSV, JSON or JSON lines; piece by piece, in bounded memory.
 
 In JSON and CSV a time is ISO 8601 (with Z where it has a zone) to its last digit and of any year, bytes are base64,
-decimals are text, durations are numbers of their unit, NaN and infinities are null in JSON, and what is nested is JSON
-in CSV.
+decimals are text, durations are numbers of their unit, intervals are ISO 8601 durations, NaN and infinities are null in
+JSON, and what is nested is JSON in CSV. Columns of one name get numbers: `a`, `a_1`, `a_2`.
 """
 
 from __future__ import annotations
 
 import base64
-import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from itertools import chain
 from typing import Any, BinaryIO
@@ -20,16 +19,14 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-TABLE_ROWS_MAX = 1_000
-"""A person reads no more; every other format is complete."""
+from lake.errors import QueryError
+
 _PIECE_ROWS = 10_000
-_WIDTH_MIN, _WIDTH_PER_COLUMN = 80, 40
 
 
 class Format(StrEnum):
     """How rows are written."""
 
-    TABLE = "table"
     JSON = "json"
     JSONL = "jsonl"
     CSV = "csv"
@@ -37,28 +34,21 @@ class Format(StrEnum):
     PARQUET = "parquet"
 
 
-CONTENT_TYPES = {
-    Format.TABLE: "text/plain; charset=utf-8",
-    Format.JSON: "application/json",
-    Format.JSONL: "application/jsonl",
-    Format.CSV: "text/csv; charset=utf-8",
-    Format.ARROW: "application/vnd.apache.arrow.stream",
-    Format.PARQUET: "application/vnd.apache.parquet",
-}
-
-
 def write(batches: Iterable[pa.RecordBatch], form: Format, sink: BinaryIO) -> int:
     """Write rows.
 
     Args:
         batches: at least one, all of one schema (as `Lake.read` gives them).
-        form: the format. Of `table` at most TABLE_ROWS_MAX rows are written, and the number of the others.
+        form: the format.
         sink: where to.
 
     Returns:
         How many rows came.
+
+    Raises:
+        QueryError: the format has no such type.
     """
-    pieces = iter(batches)
+    pieces = _named_apart(batches)
     first = next(pieces)
     counted = _Counted(chain((first,), pieces))
     match form:
@@ -67,6 +57,7 @@ def write(batches: Iterable[pa.RecordBatch], form: Format, sink: BinaryIO) -> in
                 for batch in counted:
                     stream.write_batch(batch)
         case Format.PARQUET:
+            _check_parquet(first.schema)
             with pq.ParquetWriter(sink, first.schema, compression="zstd") as parquet:
                 for batch in counted:
                     parquet.write_batch(batch)
@@ -81,9 +72,35 @@ def write(batches: Iterable[pa.RecordBatch], form: Format, sink: BinaryIO) -> in
         case Format.JSONL:
             for line in _lines(counted):
                 sink.write(line + b"\n")
-        case Format.TABLE:
-            _write_table(first.schema.names, counted, sink)
     return counted.rows
+
+
+def names_apart(names: Sequence[str]) -> list[str]:
+    """Names without repeats: a repeat gets the lowest number that makes it a name of its own, `a`, `a_1`, `a_2`."""
+    taken, found = set(names), []
+    seen: dict[str, int] = {}
+    for name in names:
+        if name not in seen:
+            seen[name] = 0
+            found.append(name)
+            continue
+        while (apart := f"{name}_{seen[name] + 1}") in taken:
+            seen[name] += 1
+        taken.add(apart)
+        found.append(apart)
+    return found
+
+
+def _named_apart(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        names = names_apart(batch.schema.names)
+        yield batch if names == batch.schema.names else batch.rename_columns(names)
+
+
+def _check_parquet(schema: pa.Schema) -> None:
+    for field in schema:
+        if pa.types.is_interval(field.type):
+            raise QueryError(f"column {field.name!r} is an interval, and Parquet has none; ask for it ::VARCHAR")
 
 
 class _Counted:
@@ -120,9 +137,20 @@ def plain(array: pa.Array) -> list[Any]:
         return list(array.to_pylist())
     if types.is_duration(kind):
         return list(array.view(pa.int64()).to_pylist())
+    if types.is_interval(kind):
+        return [None if value is None else _interval(*value) for value in array.to_pylist()]
     if types.is_decimal(kind) or types.is_time(kind):
         return list(array.cast(pa.string()).to_pylist())
     return [None if value is None else str(value) for value in array.to_pylist()]
+
+
+def _interval(months: int, days: int, nanoseconds: int) -> str:
+    """An ISO 8601 duration; each part has its own sign (as PostgreSQL does), as months and days do not add up."""
+    date = (f"{months}M" if months else "") + (f"{days}D" if days else "")
+    whole, rest = divmod(abs(nanoseconds), 1_000_000_000)
+    fraction = f".{rest:09}".rstrip("0") if rest else ""
+    time = f"T{'-' if nanoseconds < 0 else ''}{whole}{fraction}S" if nanoseconds or not date else ""
+    return f"P{date}{time}"
 
 
 def _times(array: pa.Array) -> list[str | None]:
@@ -178,27 +206,3 @@ def _flat(array: pa.Array) -> pa.Array:
     if types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_string(kind):
         return array
     return pa.array([None if value is None else str(value) for value in plain(array)], pa.string())
-
-
-def _write_table(names: list[str], batches: Iterable[pa.RecordBatch], sink: BinaryIO) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in names:
-        table.add_column(name, overflow="fold")
-    shown = total = 0
-    for batch in batches:
-        total += batch.num_rows
-        piece = batch.slice(0, TABLE_ROWS_MAX - shown)
-        shown += piece.num_rows
-        for row in zip(*(plain(column) for column in piece.columns), strict=True):
-            table.add_row(*("" if value is None else str(value) for value in row))
-    text = io.StringIO()
-    width = max(_WIDTH_MIN, _WIDTH_PER_COLUMN * len(names))
-    console = Console(file=text, width=width, markup=False, highlight=False, soft_wrap=True)
-    console.print(table)
-    if total > shown:
-        console.print(f"{total:,} rows, of which {shown:,} are shown; the other formats have all")
-    sink.write(text.getvalue().encode())

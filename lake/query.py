@@ -36,6 +36,8 @@ from lake.store import Store
 from lake.views import empty_query, scan, view_query
 
 BATCH_ROWS = 10_000
+HEAD_ROWS_MAX = 1_000_000
+"""They are sorted, and answered as one table."""
 _LISTED_MAX = 20
 _MISSING = re.compile(r"(?:Table|View) with name (.+?) does not exist")
 STREAMS_SCHEMA = pa.schema(
@@ -105,11 +107,11 @@ class Lake:
 
         Raises:
             UnknownStreamError: there is no such stream.
-            QueryError: it had no such version, or `rows` is not positive.
+            QueryError: it had no such version, or `rows` is not in 1..HEAD_ROWS_MAX.
             StoreUnavailableError: the store did not answer.
         """
-        if rows < 1:
-            raise QueryError(f"cannot show {rows} rows; ask for 1 or more")
+        if not 1 <= rows <= HEAD_ROWS_MAX:
+            raise QueryError(f"cannot show {rows} rows; ask for 1 to {HEAD_ROWS_MAX}, for more with SQL")
         if stream not in self._catalog.streams():
             raise self._unknown(stream)
         path = table_path(stream)
@@ -231,11 +233,11 @@ class Lake:
             missing = _MISSING.search(str(error))
             if missing is not None:
                 raise self._unknown(missing[1].strip('"')) from error
-            raise QueryError(one_line(str(error))) from error
+            raise QueryError(f"the query cannot be answered: {one_line(str(error))}") from error
         except (duckdb.HTTPException, duckdb.IOException) as error:
             raise StoreUnavailableError(f"cannot read {self._store.url} ({one_line(str(error))[:300]})") from error
         except (duckdb.Error, pa.ArrowException) as error:
-            raise QueryError(one_line(str(error))[:1000]) from error
+            raise QueryError(f"the query cannot be answered: {one_line(str(error))[:1000]}") from error
 
 
 def _listed(names: list[str]) -> str:

@@ -13,6 +13,7 @@ import msgspec
 from lake.errors import QueryError
 
 _EXPLAIN = re.compile(r"(?:\s|--[^\n]*\n|/\*.*?\*/)*explain\s+(?:analyze\s+)?", re.IGNORECASE | re.DOTALL)
+_POINTED_MAX = 40
 _LISTING = ("duckdb_", "pragma_", "query")
 """Functions that look at tables by themselves, or at the catalog."""
 
@@ -32,14 +33,17 @@ def read_question(cursor: duckdb.DuckDBPyConnection, query: str) -> Question:
     """Parse a query without looking at any table.
 
     Raises:
-        QueryError: it is not one SELECT, or not SQL.
+        QueryError: it is not one SELECT, or not SQL; the message says where.
     """
     explained = _EXPLAIN.match(query)
     body = query[explained.end() :] if explained else query
     answer = cursor.execute("SELECT json_serialize_sql(?)", [body]).fetchone()
     parsed: dict[str, Any] = msgspec.json.decode(answer[0]) if answer else {"error": True}
     if parsed["error"]:
-        raise QueryError(_reason(parsed.get("error_message", ""), query))
+        at = int(parsed.get("position") or 0) + len(query) - len(body)
+        raise QueryError(_reason(parsed.get("error_message", ""), query, at))
+    if not parsed["statements"]:
+        raise QueryError(f"the query {query!r:.80} is empty; ask for example: SELECT count(*) FROM stream")
     if len(parsed["statements"]) != 1:
         raise QueryError(f"{len(parsed['statements'])} statements were given; ask one question at a time")
     tables, qualified = set(), set()
@@ -70,15 +74,23 @@ def _nodes(value: Any) -> Iterator[dict[str, Any]]:
             waiting.extend(found)
 
 
-def _reason(message: str, query: str) -> str:
+def _reason(message: str, query: str, at: int) -> str:
+    """What is wrong with a query that is no SELECT; `at` is where, in characters."""
     if message.startswith(("Only SELECT", "A CTE needs")):
         if re.match(r"\s*(?:from\s.*)?pivot\b", query, re.IGNORECASE | re.DOTALL):
             return "PIVOT needs the values of its columns: PIVOT … ON column IN (…)"
         return "only SELECT is answered here: the lake is written by gateways alone"
-    return one_line(message) or "the query cannot be read"
+    before = query[:at]
+    line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+    said = one_line(message) or "it is not SQL"
+    return f"the query cannot be read at line {line}, column {column}: {said}; correct it there"
 
 
 def one_line(message: str) -> str:
-    """DuckDB's message without its drawing of the query, and without the kind of error in front."""
-    text = message.partition("\n\nLINE ")[0]
-    return " ".join(re.sub(r"^[A-Z][A-Za-z ]* Error: ", "", text).split())
+    """DuckDB's message without the kind of error in front, its drawing of the query as the words that it points at."""
+    text, _, drawing = message.partition("\n\nLINE ")
+    said = " ".join(re.sub(r"^[A-Z][A-Za-z ]* Error: ", "", text).split())
+    if (drawn := re.match(r"(\d+): (.*)\n( *)\^", drawing)) is None:
+        return said
+    column = max(0, len(drawn[3]) - len(f"LINE {drawn[1]}: "))
+    return f"{said} (line {drawn[1]}, at: {drawn[2][column : column + _POINTED_MAX].strip()})"

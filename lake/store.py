@@ -30,6 +30,7 @@ from lake.errors import CommitConflictError, ObjectMissingError, StoreUnavailabl
 _RETRIES_MAX = 3
 # delta-rs, DuckDB and obstore escape other characters differently, and would look in different places.
 _S3_PREFIX = re.compile(r"[A-Za-z0-9._/-]*", re.ASCII)
+_NO_ROLE = re.compile(r"169\.254\.169\.254|/latest/(?:api/token|meta-data)|\bIMDS\b|loading credentials")
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
 _BACKOFF_FIRST_S = 0.1
 _BACKOFF_LONGEST_S = 2.0
@@ -75,7 +76,8 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigurationError(f"endpoint {self.endpoint!r} is not http(s)://host:port")
             if endpoint.scheme == "http" and not self.allow_http:
                 raise ConfigurationError(
-                    f"endpoint {self.endpoint!r} is not encrypted; use https or set allow_http = true"
+                    f"endpoint {self.endpoint!r} is not encrypted; use https or set allow_http = true, or the variable "
+                    "AWS_ALLOW_HTTP=true"
                 )
         for name in ("timeout_s", "connect_timeout_s"):
             if not 0.1 <= getattr(self, name) <= 600:
@@ -406,4 +408,9 @@ def _fsync(path: Path) -> None:
 def _first_line(error: BaseException) -> str:
     """The cause in one line; object-store errors carry pages of debug text."""
     text = " ".join(_TERMINAL_CODES.sub("", str(error)).split()).partition(" Debug source:")[0]
+    if _NO_ROLE.search(text):
+        return (
+            "there are no credentials: no keys are set (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), and the platform "
+            f"gave none ({text[:150]})"
+        )
     return text if len(text) <= 300 else text[:297] + "…"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import resource
 import ssl
 from collections import deque
 
@@ -35,17 +36,23 @@ _log = structlog.get_logger()
 
 AGENT = "headwater-swarm"
 DEVICES_MAX = 50_000
+READINGS_PER_S_MAX = 10_000_000
+"""One process reaches half of it; what asks for more is a slip of the finger."""
+BATCHES_PER_S_MAX = 50_000
+"""A batch costs 35 to 100 µs: of more a single core makes and sends a part only, and falls ever further behind."""
 CONNECTING_MAX = 100
 """Connection attempts at a time."""
 TICK_S = 0.01
 """Batches of one device that fill within a tick leave in one write: the system call is the dearest part of a batch."""
 LATENCIES_MAX = 100_000
+_FILES_SPARE = 64
+"""Files that a process has open besides its connections."""
 _BYTES_MAX = 2**50
 """The caps of the buffers never act: `waiting_batches_max` stops the sensors first."""
 
 
 class SwarmSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """A swarm and what it sends."""
+    """A swarm and what it sends. Messages name the options of `headwater simulate swarm`."""
 
     broker: str
     """`mqtt://host:port` or `mqtts://host:port`."""
@@ -74,13 +81,22 @@ class SwarmSettings(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         if not 1 <= self.devices <= DEVICES_MAX:
-            raise ConfigurationError(f"devices = {self.devices} is outside 1..{DEVICES_MAX}; start several swarms")
-        if self.readings_per_s is not None and not self.readings_per_s > 0:
-            raise ConfigurationError(f"rate = {self.readings_per_s} readings/s; choose a number above 0")
-        if not self.seconds > 0:
-            raise ConfigurationError(f"seconds = {self.seconds}; choose a number above 0")
+            raise ConfigurationError(f"--devices {self.devices} is outside 1..{DEVICES_MAX}; start several swarms")
         if self.rows_per_batch is not None and not 1 <= self.rows_per_batch <= 65_536:
-            raise ConfigurationError(f"rows_per_batch = {self.rows_per_batch} is outside 1..65536")
+            raise ConfigurationError(f"--rows {self.rows_per_batch} is outside 1..65536")
+        if self.readings_per_s is not None:
+            if not 0 < self.readings_per_s <= READINGS_PER_S_MAX:
+                raise ConfigurationError(
+                    f"--rate {self.readings_per_s:g} is outside 0..{READINGS_PER_S_MAX} readings a second; "
+                    "for more start several swarms"
+                )
+            if (batches_per_s := self.readings_per_s / self.rows) > BATCHES_PER_S_MAX:
+                raise ConfigurationError(
+                    f"--rate {self.readings_per_s:g} in batches of {self.rows} is {batches_per_s:,.0f} batches a "
+                    f"second, and one process makes {BATCHES_PER_S_MAX:,} at most; raise --rows, or start more swarms"
+                )
+        if not self.seconds > 0:
+            raise ConfigurationError(f"--seconds {self.seconds:g}; choose a number above 0")
         if not self.waiting_batches_max > 0:
             raise ConfigurationError(f"waiting_batches_max = {self.waiting_batches_max}; choose 1 or more")
         for name in (f"{self.prefix}-00001", self.stream):
@@ -305,7 +321,7 @@ class Swarm:
             self.address = BrokerAddress.parse(settings.broker)
             self.tls = ssl.create_default_context(cafile=settings.ca_file) if self.address.tls else None
         except (ValueError, OSError) as error:
-            raise ConfigurationError(f"broker {settings.broker!r}: {error}") from error
+            raise ConfigurationError(f"--broker {settings.broker!r}: {error}") from error
         self.counts = _Counts(self.rng)
         self.connecting = asyncio.Semaphore(CONNECTING_MAX)
         self._bodies = BodySource(settings.rows, self.rng, pooled=settings.pooled)
@@ -453,8 +469,14 @@ def new_swarm(settings: SwarmSettings) -> Swarm:
     """A swarm on this machine's clocks; make it inside the event loop that runs it.
 
     Raises:
-        ConfigurationError: when the broker's URL is not one.
+        ConfigurationError: when the broker's URL is not one, or this process may not open as many connections.
     """
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed != resource.RLIM_INFINITY and settings.devices + _FILES_SPARE > allowed:
+        raise ConfigurationError(
+            f"--devices {settings.devices}: each is a connection, and this process may open {allowed} files; "
+            f"allow more with: ulimit -n {settings.devices + _FILES_SPARE}"
+        )
     return Swarm(settings, DeviceClock(read_boot_id()))
 
 

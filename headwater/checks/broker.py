@@ -156,10 +156,15 @@ class _Client:
         self.ended = str(code)
 
 
-def check_broker(login: BrokerLogin) -> list[Finding]:
-    """Everything that the protocol asks of a broker."""
+def check_broker(login: BrokerLogin, remedy: str = "") -> list[Finding]:
+    """Everything that the protocol asks of a broker.
+
+    Args:
+        login: which broker.
+        remedy: what to do where it does not answer; empty: start it.
+    """
     name = f"headwater-doctor-{os.getpid()}"
-    remedy = f"start the broker, or name another with --broker; asked was {login.url}"
+    remedy = remedy or f"start the broker, or name another with --broker; asked was {login.url}"
     try:
         client = _Client(login, name)
     except (OSError, ValueError) as error:

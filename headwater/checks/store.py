@@ -19,14 +19,19 @@ FOLDER = "control/doctor"
 REMEDY = "start the object store, or name the lake with --lake and its keys with AWS_… variables"
 
 
-def check_store(settings: StoreSettings) -> list[Finding]:
-    """Everything that the lake asks of a store."""
-    opened = guarded("store.open", REMEDY, lambda: _opened(settings))
+def check_store(settings: StoreSettings, remedy: str = REMEDY) -> list[Finding]:
+    """Everything that the lake asks of a store.
+
+    Args:
+        settings: which store.
+        remedy: what to do where it does not answer.
+    """
+    opened = guarded("store.open", remedy, lambda: _opened(settings))
     if opened[0].verdict != "ok":
         return opened
     store = Store(settings)
     path = f"{FOLDER}/{secrets.token_hex(8)}"
-    first = guarded("store.put_get", REMEDY, lambda: _put_get(store, path))
+    first = guarded("store.put_get", remedy, lambda: _put_get(store, path))
     findings = [*opened, *first]
     if first[0].verdict == "ok":
         findings += guarded("store.list", "allow listing the bucket", lambda: _list(store, path))
@@ -92,6 +97,9 @@ def _skew(settings: StoreSettings) -> Finding:
     try:
         connection.request("HEAD", "/")
         said = connection.getresponse().getheader("Date")
+    except (OSError, http.client.HTTPException) as error:
+        # A store that is down is told above; its clock is none of the reasons.
+        return skipped("store.clock", f"the store does not tell its time: {str(error) or repr(error)}")
     finally:
         connection.close()
     if said is None:

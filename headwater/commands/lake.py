@@ -38,7 +38,10 @@ class Format(StrEnum):
 
 
 Form = Annotated[
-    Format, typer.Option("--format", metavar="table|json|csv|arrow|parquet", help="How rows are written to stdout.")
+    Format | None,
+    typer.Option(
+        "--format", metavar="table|json|csv|arrow|parquet", help="How rows are written to stdout; else a table."
+    ),
 ]
 At = Annotated[
     str | None,
@@ -51,21 +54,22 @@ def sql(
     query: Annotated[str, typer.Argument(metavar="QUERY", help="SQL of DuckDB; every stream is a view.")],
     lake: Lake = None,
     data: Data = None,
-    form: Form = Format.TABLE,
+    form: Form = None,
     at: At = None,
     json: Json = False,
 ) -> None:
     """Run one SQL query. Streams with a dot or a dash in their name need quotes: "headwater.events".
 
-    `--format json` is one array, --json one line per row. Where the data folder's stack is stopped, its object store is
-    started for the query.
+    `--format json` is one array, --json one line per row; both at once are refused. Where the data folder's stack is
+    stopped, its object store is started for the query.
     """
-    with _opened(lake, data, form, json) as (opened, write):
-        write(opened.read(query, at=parse_at(at)))
+    moment = parse_at(at)
+    with _opened(lake, data, form, json) as (opened, write), _naming_at(at):
+        write(opened.read(query, at=moment))
 
 
 @app.command()
-def streams(lake: Lake = None, data: Data = None, form: Form = Format.TABLE, json: Json = False) -> None:
+def streams(lake: Lake = None, data: Data = None, form: Form = None, json: Json = False) -> None:
     """The streams of the lake: rows, devices, first and last reading, version, size."""
     with _opened(lake, data, form, json) as (opened, write):
         from headwater.rows import pieces
@@ -79,15 +83,16 @@ def head(
     lake: Lake = None,
     data: Data = None,
     rows: Annotated[int, typer.Option("--rows", "-n", metavar="N", help="How many.")] = 10,
-    form: Form = Format.TABLE,
+    form: Form = None,
     at: At = None,
     json: Json = False,
 ) -> None:
     """The latest rows of a stream."""
-    with _opened(lake, data, form, json) as (opened, write):
+    moment = parse_at(at)
+    with _opened(lake, data, form, json) as (opened, write), _naming_at(at):
         from headwater.rows import pieces
 
-        write(pieces(opened.head(stream, rows, at=parse_at(at))))
+        write(pieces(opened.head(stream, rows, at=moment)))
 
 
 def parse_at(text: str | None) -> int | datetime | None:
@@ -110,20 +115,36 @@ def parse_at(text: str | None) -> int | datetime | None:
 
 
 @contextmanager
-def _opened(lake: str | None, data: str | None, form: Format, json: bool) -> Iterator[tuple[OpenLake, Write]]:
+def _naming_at(at: str | None) -> Iterator[None]:
+    """A version that a table does not have, in words of the option that asked for it."""
+    from lake.errors import NoSuchVersionError
+
+    try:
+        yield
+    except NoSuchVersionError as error:
+        raise NoSuchVersionError(f"--at {at}: {error}") from error
+
+
+@contextmanager
+def _opened(lake: str | None, data: str | None, form: Format | None, json: bool) -> Iterator[tuple[OpenLake, Write]]:
     """The lake that is meant, open, and how to write what it answers."""
+    if json and form is not None:
+        raise ConfigurationError(f"--json is one JSON object per line, --format {form} is not; give one of the two")
     # Quiet: an object store that is started for one query has its own warnings, which are nobody's here.
     logs.configure(quiet=True)
     with extras.imports("gateway", "headwater lake"):
         from headwater.lake_access import find_store, opened_store
         from headwater.rows import write_rows
+        from lake.credentials import require_credentials
         from lake.query import Lake
 
-    if not json and form in (Format.ARROW, Format.PARQUET) and sys.stdout.isatty():
+    if form in (Format.ARROW, Format.PARQUET) and sys.stdout.isatty():
         raise ConfigurationError(f"--format {form} is bytes, and stdout is a terminal; send it to a file with > FILE")
-    with opened_store(find_store(lake, data, os.environ)) as store:
+    found = find_store(lake, data, os.environ)
+    require_credentials(found.settings, os.environ)
+    with opened_store(found) as store:
         opened = Lake(store)
         try:
-            yield opened, lambda batches: write_rows(batches, "jsonl" if json else form)
+            yield opened, lambda batches: write_rows(batches, "jsonl" if json else form or Format.TABLE)
         finally:
             opened.close()

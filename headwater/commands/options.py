@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from contract.errors import ConfigurationError
+
 Json = Annotated[bool, typer.Option("--json", help="Answer with JSON on stdout: one object, or one line per row.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also log the lifecycle, on stderr.")]
 Data = Annotated[
@@ -32,3 +34,13 @@ Broker = Annotated[
     ),
 ]
 Config = Annotated[Path, typer.Option("--config", metavar="FILE", help="The configuration file.")]
+
+
+def check_above_zero(option: str, value: float | None) -> None:
+    """Refuse a number that is not above 0; None is an option that was not given.
+
+    Raises:
+        ConfigurationError: naming the option as it is typed.
+    """
+    if value is not None and not value > 0:
+        raise ConfigurationError(f"{option} {value:g}; choose a number above 0")

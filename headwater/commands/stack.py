@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from headwater import extras, logs, output
-from headwater.commands.options import Data, Json, Verbose
+from headwater.commands.options import Data, Json, Verbose, check_above_zero
 from headwater.exits import Exit
 
 Devices = Annotated[int, typer.Option("--devices", metavar="N", help="How many devices, each a process of its own.")]
@@ -31,7 +31,12 @@ LakeKind = Annotated[
     ),
 ]
 Port = Annotated[
-    int | None, typer.Option("--port", metavar="N", help="The gateway's HTTP port; 8080, or a free one if it is taken.")
+    int | None,
+    typer.Option(
+        "--port",
+        metavar="N",
+        help="The gateway's HTTP port: this one or none; 0 takes a free one. Else 8080, or a free one if it is taken.",
+    ),
 ]
 SPEED_HELP = "How fast recordings are replayed: 1 is as recorded."
 
@@ -60,6 +65,7 @@ def up(
         from headwater.plan import UpOptions
         from headwater.running import run_up
 
+    check_above_zero("--for", seconds)
     options = UpOptions(
         data=data_folder(data, os.environ),
         devices=devices,
@@ -96,6 +102,7 @@ def demo(
         from headwater.place import data_folder
         from headwater.plan import UpOptions
 
+    check_above_zero("--seconds", seconds)
     options = UpOptions(
         data=data_folder(data, os.environ),
         devices=devices,

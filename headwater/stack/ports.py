@@ -7,6 +7,7 @@ could be taken by any connection of any program while its server is being restar
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -22,6 +23,10 @@ from headwater.stack.errors import NoFreePort
 HOST = "127.0.0.1"
 PORT_MIN, PORT_MAX = 20_000, 31_999
 """Where ports are drawn from when neither the remembered nor the usual one is free."""
+PRIVILEGED_PORTS = 1024
+"""Below, a port is for root, unless the system says otherwise."""
+_LISTENING = "0A"
+"""State of a socket in /proc/net/tcp."""
 TRIES_MAX = 200
 BOOK_BYTES_MAX = 64 * 1024
 
@@ -50,6 +55,22 @@ def is_free(port: int, host: str = HOST) -> bool:
                 f"cannot bind {host}:{port}: {error}; the stack needs the loopback interface"
             ) from error
     return True
+
+
+def listener(port: int) -> str:
+    """Who listens on a port, as ` by NAME (process 123)`; empty where the kernel does not tell this user."""
+    sockets = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for row in map(str.split, Path(table).read_text().splitlines()[1:]):
+                if row[1].endswith(f":{port:04X}") and row[3] == _LISTENING:
+                    sockets.add(f"socket:[{row[9]}]")
+    for link in Path("/proc").glob("[0-9]*/fd/*") if sockets else ():
+        # Processes of others, and those that end meanwhile, cannot be read.
+        with contextlib.suppress(OSError):
+            if str(link.readlink()) in sockets:
+                return f" by {(link.parents[1] / 'comm').read_text().strip()} (process {link.parts[2]})"
+    return ", or not for this user" if port < PRIVILEGED_PORTS else ""
 
 
 def choose(

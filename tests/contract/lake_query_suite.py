@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lake.errors import CommitConflictError, QueryError, UnknownStreamError
+from lake.errors import CommitConflictError, NoSuchVersionError, QueryError, UnknownStreamError
 from lake.quarantine import PATH, QuarantineRecord, QuarantineTable, key_of
-from lake.query import Lake
+from lake.query import HEAD_ROWS_MAX, Lake
 from lake.raw import RawTable
 from lake.store import Store
 from lake.tables import ControlTable
@@ -59,9 +59,14 @@ UNANSWERABLE = [
     ("INSTALL spatial", "only SELECT"),
     ("SELECT 1; DROP VIEW s", "only SELECT"),
     ("SELECT 1; SELECT 2", "one question"),
-    ("", "one question"),
-    ("SELEC 1", "syntax error"),
-    ("SELECT nothing FROM s", '"nothing" not found'),
+    ("", "'' is empty"),
+    ("-- only a remark", "is empty"),
+    ("SELEC 1", 'line 1, column 1: syntax error at or near "SELEC"'),
+    ("SELECT 'ü',\n 1 FORM s", 'line 2, column 9: syntax error at or near "s"'),
+    ("EXPLAIN SELECT 1 FORM s", "line 1, column 23: syntax error"),
+    ("SELECT nothing FROM s", 'cannot be answered: Referenced column "nothing" not found'),
+    ("SELECT 1,\n nothing FROM s", "(line 2, at: nothing FROM s)"),
+    ("SELECT 1 LIMIT 99999999999999999999", "cannot be answered: "),
     ("FROM read_text('/etc/hostname')", "disabled"),
     ("FROM '/etc/hostname'", "hostname"),
     ("FROM glob('/etc/*')", "disabled"),
@@ -232,8 +237,9 @@ class QuerySuite:
         assert lake.head("s", 2).column("ts").cast(pa.int64()).to_pylist() == [NOW_US + 1_000, NOW_US]
         with pytest.raises(UnknownStreamError, match="it has s"):
             lake.head("nothing")
-        with pytest.raises(QueryError):
-            lake.head("s", 0)
+        for rows_wanted in (0, HEAD_ROWS_MAX + 1, 10**30):
+            with pytest.raises(QueryError, match=f"cannot show {rows_wanted} rows; ask for 1 to {HEAD_ROWS_MAX}"):
+                lake.head("s", rows_wanted)
 
     def test_a_version_shows_one_table_as_it_was(self, store: Store, lake: Lake) -> None:
         first = bring_in(store, "s", raw(A, 1))
@@ -245,7 +251,9 @@ class QuerySuite:
         assert lake.head("s", 9, at=first).num_rows == 3
         assert answer(lake, "WITH c AS (FROM s) SELECT count(*) FROM c", at=first) == [(3,)]
         assert answer(lake, 'SELECT (SELECT count(*) FROM s) - (SELECT count(*) FROM "raw/s")', at=first) == [(0,)]
-        with pytest.raises(QueryError, match=f"0 to {last}"):
+        with pytest.raises(
+            NoSuchVersionError, match=f"^s has no version {last + 1}; choose one of 0 to {last}, or a time"
+        ):
             lake.sql("FROM s", at=last + 1)
         for two in ("SELECT * FROM s, t", "FROM gaps", "SELECT (SELECT max(_seq) FROM t) FROM s"):
             with pytest.raises(QueryError, match="time instead"):

@@ -15,7 +15,9 @@ from headwater.checks.findings import Finding, Verdict
 from headwater.checks.store import check_store
 from headwater.doctor import examine, verdict_of
 from headwater.lake_access import store_settings
+from headwater.place import LakePlace, StackRecord, record_path
 from headwater.stack.broker import MosquittoSettings
+from headwater.stack.folder import DataFolder
 from lake.store import StoreSettings
 from tests.integration.servers import BrokerServer, MqttClient, Servers, StoreServer, free_port
 from tests.integration.stacks import headwater
@@ -76,9 +78,40 @@ def test_a_store_that_is_not_there_is_told() -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
     keys = {"access_key": "a", "secret_key": "b"}
     away = StoreSettings(url="s3://b/lake", endpoint=endpoint, **keys, allow_http=True, timeout_s=2.0)
-    found = bad(check_store(away))
-    assert {"store.put_get", "store.clock"} == set(found)
-    assert "AWS_" in found["store.put_get"].remedy
+    findings = check_store(away)
+    assert set(bad(findings)) == {"store.put_get"}
+    assert "AWS_" in bad(findings)["store.put_get"].remedy
+    # Its clock is none of the reasons, and setting it no remedy.
+    assert verdicts(findings)["store.clock"] is Verdict.SKIPPED
+
+
+def test_a_stopped_stack_is_told_to_be_started(tmp_path: Path) -> None:
+    """Mutants tried: the remedies of a broker and a store of one's own."""
+    port = free_port()
+    place = LakePlace(url="s3://headwater/lake", endpoint=f"http://127.0.0.1:{port}", embedded=True)
+    record = StackRecord(
+        pid=1,
+        broker=f"mqtt://127.0.0.1:{port}",
+        broker_kind="iotcore",
+        lake=place,
+        http="http://127.0.0.1:8080",
+        devices=(),
+        logs=str(tmp_path),
+    )
+    record_path(tmp_path).write_bytes(msgspec.json.encode(record))
+    asked = {"broker": None, "lake": None, "data": str(tmp_path), "environment": {}}
+    login = {"username": None, "password_file": None, "ca_file": None}
+
+    def remedies() -> dict[str, str]:
+        found = bad(examine(**asked, **login))  # type: ignore[arg-type]
+        return {name: finding.remedy for name, finding in found.items()}
+
+    start = f"the stack over {tmp_path} is stopped; start it: headwater up --data {tmp_path}"
+    assert remedies() == {"broker.connect": start, "store.put_get": start}
+    with DataFolder(tmp_path):
+        found = remedies()
+    assert f"{tmp_path}/logs/broker.log" in found["broker.connect"]
+    assert f"{tmp_path}/logs/store.log" in found["store.put_get"]
 
 
 def test_nothing_to_look_at_is_said_and_is_no_failure(tmp_path: Path) -> None:

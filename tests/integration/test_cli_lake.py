@@ -79,6 +79,13 @@ def test_the_lake_as_it_was(lake: str) -> None:
     assert (long_ago.returncode, long_ago.stdout) == (0, b"")
 
 
+def test_a_version_that_is_not_there_is_said_of_the_stream_and_the_option(lake: str) -> None:
+    for words in (("sql", "FROM pump"), ("head", "pump")):
+        done = headwater("lake", *words, "--lake", lake, "--at", "999999")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == ("error: --at 999999: pump has no version 999999; choose one of 0 to 2, or a time\n")
+
+
 def test_streams_and_head(lake: str) -> None:
     streams = headwater("lake", "streams", "--lake", lake, "--json")
     (found,) = [json.loads(line) for line in streams.stdout.splitlines()]
@@ -119,11 +126,14 @@ def test_reading_a_folder_that_is_not_there_is_refused_and_creates_nothing(tmp_p
     assert not missing.exists()
 
 
-def test_a_question_to_s3_without_keys_is_one_clear_sentence(monkeypatch):
+@pytest.mark.parametrize("command", ["lake sql QUERY", "lake streams", "up --devices 1 --data FOLDER"])
+def test_s3_without_keys_is_one_clear_sentence_at_once(command, monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    ran = headwater("lake", "sql", "SELECT 1", "--lake", "s3://nobucket/x")
+    words = [{"QUERY": "SELECT 1", "FOLDER": str(tmp_path)}.get(word, word) for word in command.split()]
+    nobody = {"AWS_METADATA_ENDPOINT": "http://127.0.0.1:1"}
+    ran = headwater(*words, "--lake", "s3://nobucket/x", **nobody)
     assert ran.returncode == 2
-    assert ran.stderr == (
-        "error: there are no keys to query s3://nobucket/x; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY\n"
-    )
+    assert ran.stderr.startswith("error: lake s3://nobucket/x: no credentials are set; set AWS_ACCESS_KEY_ID")
+    assert "169.254" not in ran.stderr
+    assert ran.stderr.count("\n") == 1

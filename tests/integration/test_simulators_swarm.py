@@ -206,10 +206,13 @@ async def test_a_broker_that_is_not_there_is_said_at_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"devices": 0}, "devices = 0"),
-        ({"readings_per_s": 0.0}, "rate = 0.0"),
-        ({"seconds": 0.0}, "seconds = 0.0"),
-        ({"rows_per_batch": 70_000}, "rows_per_batch = 70000"),
+        ({"devices": 0}, "--devices 0"),
+        ({"devices": 40_000}, r"may open \d+ files.*ulimit -n 40064"),
+        ({"readings_per_s": 0.0}, "--rate 0"),
+        ({"readings_per_s": 1e7 + 1}, "--rate 1e[+]07.*10000000"),
+        ({"readings_per_s": 1e6, "rows_per_batch": 10}, "100,000 batches a second.*50,000.*--rows"),
+        ({"seconds": 0.0}, "--seconds 0"),
+        ({"rows_per_batch": 70_000}, "--rows 70000"),
         ({"stream": "Not Allowed"}, "Not Allowed"),
         ({"broker": "tcp://x"}, "tcp://x"),
     ],

@@ -134,17 +134,16 @@ def test_stacks_that_start_at_the_same_moment_do_not_meet(tmp_path: Path) -> Non
 
 
 @pytest.mark.timeout(200)
-def test_taken_ports_are_passed_by(tmp_path: Path) -> None:
+def test_a_port_that_was_asked_for_is_that_one_or_an_error(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen(1)
         port = taken.getsockname()[1]
-        with Running(tmp_path / "data", *SMALL, "--port", str(port)) as running:
-            said = running.up()
-            assert str(port) not in said["stack"]["http"]
-            assert any(f"port {port} is taken" in note for note in said["notes"])
-            wanted = free_port()
-            assert running.interrupt() == 0
+        refused = headwater("up", "--data", str(tmp_path / "data"), "--port", str(port))
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr.startswith(f"error: --port {port} is taken by ")
+        assert f"(process {os.getpid()}); stop that, or choose another (0 takes a free one)" in refused.stderr
+    wanted = free_port()
     with Running(tmp_path / "data", *SMALL, "--port", str(wanted), "--for", "1") as running:
         assert running.up()["stack"]["http"] == f"http://127.0.0.1:{wanted}"
         assert running.end() == 0

@@ -40,6 +40,9 @@ CONTRACT = {
 }
 
 
+SWARM = ("simulate", "swarm", "--broker", "mqtt://x")
+
+
 def commands(command: Any, path: str = "") -> dict[str, Any]:
     """Every command that does something, by its words."""
     inner = getattr(command, "commands", None)
@@ -117,14 +120,21 @@ def test_a_wrong_command_line_is_a_usage_error_on_stderr(capsys: pytest.CaptureF
         (("up", "--broker", "http://x"), ("http://x", "mosquitto")),
         (("up", "--lake", "ftp://x"), ("ftp://x", "s3://bucket/prefix")),
         (("up", "--recordings", "none.csv"), ("none.csv", "no such file")),
-        (("up", "--for", "-1"), ("-1", "above 0")),
-        (("demo", "--port", "70000"), ("70000",)),
+        (("up", "--for", "-1"), ("--for -1", "above 0")),
+        (("demo", "--seconds", "nan"), ("--seconds nan", "above 0")),
+        (("demo", "--port", "70000"), ("--port 70000", "0 takes a free one")),
         (("lake", "sql", "SELECT 1", "--lake", "ftp://x"), ("ftp://x", "file:///")),
         (("lake", "head", "watch", "--lake", "file:///nowhere", "--at", "soon"), ("soon", "ISO 8601")),
+        (("lake", "sql", "SELECT 1", "--json", "--format", "csv"), ("--json", "--format csv", "one of the two")),
+        (("lake", "streams", "--json", "--format", "json"), ("--json", "--format json")),
         (("lake", "streams"), ("holds no stack", "headwater up")),
         (("agent", "status"), ("--socket", "--config")),
         (("agent", "status", "--config", "none.toml"), ("none.toml",)),
-        (("simulate", "swarm", "--devices", "0", "--rate", "1", "--broker", "mqtt://x"), ("devices = 0",)),
+        (("simulate", "swarm", "--devices", "0", "--rate", "1", "--broker", "mqtt://x"), ("--devices 0", "1..50000")),
+        ((*SWARM, "--devices", "1", "--rate", "1e12"), ("--rate 1e+12", "10000000 readings")),
+        ((*SWARM, "--devices", "1", "--rate", "1e6", "--rows", "1"), ("--rate", "--rows", "50,000")),
+        ((*SWARM, "--devices", "1", "--rate", "1", "--rows", "0"), ("--rows 0", "1..65536")),
+        ((*SWARM, "--devices", "1", "--rate", "1", "--seconds", "0"), ("--seconds 0",)),
         (("simulate", "swarm", "--devices", "1", "--rate", "1", "--broker", "tcp://x"), ("tcp://x", "mqtt://")),
         (("simulate", "swarm", "--devices", "1", "--rate", "1"), ("--broker",)),
     ],

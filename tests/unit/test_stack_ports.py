@@ -15,7 +15,7 @@ import pytest
 from contract.errors import ConfigurationError
 from headwater.stack.errors import FolderInUse, NoFreePort
 from headwater.stack.folder import DataFolder
-from headwater.stack.ports import PORT_MAX, PORT_MIN, PortBook, choose, is_free, write_whole
+from headwater.stack.ports import PORT_MAX, PORT_MIN, PortBook, choose, is_free, listener, write_whole
 
 
 def test_the_usual_port_is_taken_when_it_is_free() -> None:
@@ -29,6 +29,15 @@ def test_the_port_of_last_time_comes_before_the_usual_one() -> None:
 def test_a_taken_port_is_replaced_by_one_that_no_outgoing_connection_uses() -> None:
     chosen = choose({"mqtt": 1883}, {"mqtt": 1900}, free=lambda port: port > 2000, rng=random.Random(1))
     assert PORT_MIN <= chosen["mqtt"] <= PORT_MAX < 32_768
+
+
+def test_who_listens_on_a_port_is_known_by_name_and_number() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        assert listener(taken.getsockname()[1]) == ""
+        taken.listen(1)
+        name = Path("/proc/self/comm").read_text().strip()
+        assert listener(taken.getsockname()[1]) == f" by {name} (process {os.getpid()})"
 
 
 def test_two_names_never_share_a_port() -> None:
