@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import cast
 
 WITHOUT_NUMPY = frozenset({"host", "hwmon", "iio", "replay"})
-"""Drivers that hand over no numpy arrays. The extra `edge` does not install numpy, so they work without it."""
+"""Drivers that hand over no numpy arrays. The extra `edge` installs numpy for models; these work without it."""
 
 
 def spare_memory(config: Path) -> None:

@@ -48,6 +48,9 @@ STABLE_S = 10.0
 """A connection that lasted this long was a good one: the next attempt begins without backoff."""
 TAKEN_OVER_S = 30.0
 """Two devices of one name would throw each other out as fast as they can connect; this is their pace instead."""
+SHORT_CONNECTIONS_MAX = 4
+"""Connections in a row that the broker accepted and that broke within `STABLE_S`, without it being away in between. Two
+devices of one name do that to each other; some brokers (iotcore) give no other sign. A poor network breaks slower."""
 OWN_PRESENCES_MAX = 256
 SPLIT_S = 5.0
 """How often backlogs are looked at, whether fresh data should overtake."""
@@ -136,6 +139,7 @@ class Uplink:
         self._reported: bytes | None = None
         self._presence = b""
         self._reported_due = self._presence_due = self._was_ready = self._contested = False
+        self._short_connections = 0
         self._own_presences: deque[bytes] = deque(maxlen=OWN_PRESENCES_MAX)
         self._last_ready_presences: frozenset[bytes] = frozenset()
         self._counted_timeouts = self._counted_rewinds = 0
@@ -252,12 +256,18 @@ class Uplink:
         self._connection.abandon()
         self._leaving, self._connection = self._connection, None
         now_s = self._clock.monotonic_s()
-        if self._ready is not None and now_s - self._ready_at_s >= STABLE_S:
+        stable = self._ready is not None and now_s - self._ready_at_s >= STABLE_S
+        if stable:
             self._backoff.reset()
+        broke_early = self._ready is not None and not stable and lost.cause is LossCause.LOST
+        self._short_connections = self._short_connections + 1 if broke_early else 0
         self._ready = None
         delay_s = self._backoff.next_delay_s()
         if lost.cause is LossCause.TAKEN_OVER:
             self._taken_over({"by": "the broker's word"})
+        elif self._short_connections == SHORT_CONNECTIONS_MAX:
+            self._short_connections = 0
+            self._taken_over({"by": "suspicion", "short_connections": SHORT_CONNECTIONS_MAX})
         if self._contested:
             delay_s = TAKEN_OVER_S * self._rng.uniform(0.5, 1.5)
             self._contested = False
@@ -331,7 +341,7 @@ class Uplink:
         return presence in self._last_ready_presences or presence in self._own_presences
 
     def _taken_over(self, detail: dict[str, Scalar]) -> None:
-        """Another client has used this device's name since this process was connected for the first time."""
+        """Another client has used, or seems to use, this device's name since this process was first connected."""
         self._contested = True
         _log.error("taken_over", remedy="give each device its own name; was an SD card copied?", **detail)
         self._report(Event(Kind.TAKEN_OVER, detail=detail))

@@ -281,13 +281,14 @@ edge_agent.uplink.TAKEN_OVER_S = 0.5
 
 
 def test_a_second_device_of_the_same_name_is_reported_and_mixes_nothing_up(
-    agent_of: Agents, mosquitto: BrokerServer, tmp_path: Path
+    agent_of: Agents, any_broker: BrokerServer, tmp_path: Path
 ) -> None:
+    device = f"p-twin-{any_broker.name}"
     (tmp_path / "haste.py").write_text(HASTE)
     config = NUMBERS.replace("HERE", str(tmp_path)).replace("numbers_sensor:", "haste:")
-    with FakeGateway(mosquitto.url, "p-twin") as gateway:
-        first = agent_of(mosquitto.url, "p-twin", config)
-        second = AgentProcess(tmp_path / "other", mosquitto.url, "p-twin", config)
+    with FakeGateway(any_broker.url, device) as gateway:
+        first = agent_of(any_broker.url, device, config)
+        second = AgentProcess(tmp_path / "other", any_broker.url, device, config)
         try:
             first.start()
             wait_until(lambda: numbers_of(gateway, first.pid), PATIENCE_S, "rows of the first")

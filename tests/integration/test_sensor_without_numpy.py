@@ -1,4 +1,4 @@
-"""The agent's extra brings no numpy: sensors and sampling work without it, arrays included.
+"""Sensors and sampling work without numpy, arrays included: an agent that needs none keeps it out of its memory.
 
 Mutant tried and found: `import numpy` in a module of the sampling path.
 """

@@ -25,7 +25,7 @@ from edge_agent.inbox import Inbox
 from edge_agent.metrics import AgentMetrics
 from edge_agent.settings import UplinkSettings
 from edge_agent.transport import Connection, LossCause, Lost, PublishRefused, Ready, Received, Signal, Will
-from edge_agent.uplink import Identity, Uplink
+from edge_agent.uplink import SHORT_CONNECTIONS_MAX, Identity, Uplink
 
 CLOCK = Clock(True, 1_700_000_000_000_000, 5, "ab" * 16)
 READY = Ready(8 * 1024 * 1024)
@@ -411,6 +411,29 @@ def test_another_client_with_this_name_is_noticed_by_its_presence(bench: Benches
     wait_until(lambda: one.events, "noticed")
     assert one.kinds() == [Kind.TAKEN_OVER]
     assert one.events[0].detail["boot"] == "cd" * 16
+
+
+def test_connections_that_break_at_once_again_and_again_are_taken_for_a_second_device(bench: Benches) -> None:
+    """Some brokers give no other sign.
+
+    Mutants tried: counted also where the broker was away in between; never begun again at 0; three in a row enough.
+    """
+    one = bench(new_buffer(), reconnect_base_s=0.01, reconnect_max_s=0.01)
+    broke = Lost(LossCause.LOST, "the connection broke")
+    first = one.start()
+    for number in range(SHORT_CONNECTIONS_MAX - 1):
+        attempt = first if number == 0 else one.transport.attempt(number)
+        attempt.say(READY, broke)
+    one.transport.attempt(3).say(Lost(LossCause.UNREACHABLE, "the broker restarts"))
+    for number in range(4, 4 + SHORT_CONNECTIONS_MAX - 1):
+        one.transport.attempt(number).say(READY, broke)
+    one.transport.attempt(7).say(READY, Received(topics.desired("pi-1"), b"marker"))
+    wait_until(lambda: one.desired, "the marker arrives")
+    assert one.events == []
+    one.transport.attempt(7).say(broke)
+    wait_until(lambda: one.events, "noticed")
+    assert one.kinds() == [Kind.TAKEN_OVER]
+    assert one.events[0].detail == {"by": "suspicion", "short_connections": 4}
 
 
 def test_a_presence_of_before_days_without_a_network_is_still_known_as_its_own(bench: Benches) -> None:
