@@ -18,6 +18,8 @@ ROW = "_row"
 """The field that only a thinned batch carries: `int32`, the original row numbers, rising."""
 EVENTS_STREAM = "headwater.events"
 """The stream in which an agent reports what happened to it. Names that begin with `headwater.` are reserved."""
+PREDICTIONS_PREFIX = "predictions."
+"""What a model says is the stream `predictions.<model>`. Names that begin so are reserved."""
 
 
 def is_name(text: str) -> bool:

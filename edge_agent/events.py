@@ -64,6 +64,8 @@ class Kind(StrEnum):
     PAYLOAD_TOO_LARGE = "payload_too_large"
     CONFIG_APPLIED = "config_applied"
     CONFIG_REFUSED = "config_refused"
+    MODEL_STATE = "model_state"
+    """A device's state with a release, or what befell its store; `detail.cause` tells each from the others."""
 
 
 @dataclass(frozen=True)

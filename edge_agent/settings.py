@@ -14,9 +14,10 @@ import msgspec
 from contract.broker import BrokerAccess
 from contract.desired import check_batch_age, check_batch_rows
 from contract.errors import ConfigurationError
-from contract.names import EVENTS_STREAM, is_name
+from contract.names import EVENTS_STREAM, PREDICTIONS_PREFIX, is_name
 from contract.settings import absolute, check_range, convert, read_toml
 from edge_agent.buffer.port import StreamCaps, WhenFull
+from edge_agent.models.settings import ModelsSettings, resolved
 from edge_agent.sampling.settings import Burst, Interval, OnChange, Sampling
 from edge_agent.sender import SenderSettings
 from edge_agent.sensors.registry import with_absolute_paths
@@ -25,6 +26,7 @@ Secret: TypeAlias = Callable[[], str | None]
 """Gives the password when it is needed. It is never part of the settings, so it cannot be logged with them."""
 
 STREAMS_MAX = 256
+TAGS_MAX = 32
 _DAY_S = 86_400.0
 _MIB = 1024 * 1024
 
@@ -192,6 +194,10 @@ class AgentSettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     metrics: MetricsSettings = msgspec.field(default_factory=MetricsSettings)
     log: LogSettings = msgspec.field(default_factory=LogSettings)
     clock: ClockSettings = msgspec.field(default_factory=ClockSettings)
+    models: ModelsSettings | None = None
+    """None: no model runs here."""
+    tags: tuple[str, ...] = ()
+    """What the device is, such as `site-a`; rollouts may choose by it."""
     report_interval_s: float = 60.0
     """How often the reported state is published when nothing changed."""
 
@@ -203,6 +209,11 @@ class AgentSettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=Tru
                 "or digit"
             )
         check_range("report_interval_s", self.report_interval_s, 1, 86_400)
+        if len(self.tags) > TAGS_MAX or not all(is_name(tag) for tag in self.tags):
+            raise ValueError(
+                f"tags = {list(self.tags)[:TAGS_MAX]} are more than {TAGS_MAX}, or one is not 1 to 63 of a-z 0-9 . _ -; "
+                "rename or remove it"
+            )
 
     @property
     def remote_config_path(self) -> Path:
@@ -273,8 +284,9 @@ def _stream(name: str, table: Mapping[str, Any], source: str, folder: Path) -> S
         raise ConfigurationError(
             f"{source}: {where}is not a stream name; use 1 to 63 of a-z 0-9 . _ - beginning with a letter or digit"
         )
-    if name.startswith(EVENTS_STREAM.partition(".")[0] + "."):
-        raise ConfigurationError(f"{source}: {where}begins with 'headwater.', which is reserved; rename the stream")
+    for reserved in (EVENTS_STREAM.partition(".")[0] + ".", PREDICTIONS_PREFIX):
+        if name.startswith(reserved):
+            raise ConfigurationError(f"{source}: {where}begins with {reserved!r}, which is reserved; rename the stream")
     completed = dict(table)
     sampling = completed.get("sampling")
     if isinstance(sampling, dict):
@@ -298,4 +310,5 @@ def _resolved(settings: AgentSettings, folder: Path) -> AgentSettings:
         ),
         buffer=msgspec.structs.replace(settings.buffer, path=absolute(folder, settings.buffer.path)),
         status=msgspec.structs.replace(settings.status, socket=absolute(folder, settings.status.socket)),
+        models=None if settings.models is None else resolved(settings.models, folder),
     )
