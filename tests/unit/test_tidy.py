@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 LINES_MAX = 600
-PACKAGES = ("contract", "edge_agent", "gateway", "headwater", "lake", "simulators")
+PACKAGES = ("contract", "edge_agent", "gateway", "headwater", "lake", "simulators", "trainer")
 
 # The extras whose distributions a package may import; the base dependencies are everyone's.
 EXTRAS_OF = {
@@ -26,7 +26,8 @@ EXTRAS_OF = {
     "lake": ("gateway",),
     "gateway": ("gateway",),
     "simulators": ("simulators",),
-    "headwater": ("simulators",),
+    "trainer": ("trainer", "boosting"),
+    "headwater": ("simulators", "trainer"),
 }
 # Names a package must not have: a room for everything becomes a room for anything.
 ATTICS = {"common", "helpers", "misc", "shared", "util", "utils"}
