@@ -416,7 +416,7 @@ def test_another_client_with_this_name_is_noticed_by_its_presence(bench: Benches
 def test_connections_that_break_at_once_again_and_again_are_taken_for_a_second_device(bench: Benches) -> None:
     """Some brokers give no other sign.
 
-    Mutants tried: counted also where the broker was away in between; never begun again at 0; three in a row enough.
+    Mutants tried: counted also where the broker was away in between; three in a row enough.
     """
     one = bench(new_buffer(), reconnect_base_s=0.01, reconnect_max_s=0.01)
     broke = Lost(LossCause.LOST, "the connection broke")
