@@ -1,6 +1,6 @@
 """What trainer, gateway and device agree on about models: the manifest of a release, and the order to run one.
 
-A release is two immutable files. `artifacts/<sha256>.onnx` is the model. The manifest, a JSON document, names it by
+A release is two immutable files. `artifacts/<sha256>` is the model, ONNX. The manifest, a JSON document, names it by
 hash and says what it eats and what it may cost. The manifest is a TUF target `<model>/<version>.json`
 (https://theupdateframework.github.io/specification/v1.0.34/), so its bytes are vouched for by the release key, and the
 model's bytes by the manifest.
@@ -36,6 +36,11 @@ MODELS_MAX = 16
 ONNX_OPSET = 22
 ONNX_IR = 10
 ONNX_ML_OPSET = 3
+METADATA_BYTES_MAX = 4 * 1024 * 1024
+"""One TUF metadata file: room for some 20,000 approved releases."""
+SIGNED_AT = "x-headwater-signed-at"
+"""Member of every TUF metadata file of ours: when it was signed, microseconds since 1970-01-01 UTC. A clock that is
+earlier than what it already trusts was signed at is wrong."""
 ASSIGNMENT_TYPE = "application/vnd.headwater.assignment+json"
 """DSSE payload type."""
 INPUT = "window"
@@ -254,6 +259,16 @@ class ReportedModel(msgspec.Struct, frozen=True, kw_only=True):
     score_mean: float = 0.0
     order: ReportedOrder | None = None
     """The latest assignment that was read; None where there never was one."""
+
+
+def target_path(model: str, version: int) -> str:
+    """The TUF target that a release's manifest is."""
+    return f"{model}/{version}.json"
+
+
+def artifact_path(sha256: str) -> str:
+    """Where an artifact is, relative to the folder `models/` of the lake, or to the URL that serves it."""
+    return f"artifacts/{sha256}"
 
 
 def check_manifest(manifest: Manifest) -> None:
