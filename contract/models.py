@@ -62,6 +62,11 @@ class Window(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stride: Annotated[int, msgspec.Meta(ge=1, le=WINDOW_ROWS_MAX)]
     gap_s: Annotated[float, msgspec.Meta(gt=0, le=86_400.0 * 366)]
 
+    @property
+    def gap_us(self) -> int:
+        """`gap_s` in whole microseconds, as `ts` counts: everybody who cuts windows compares with this."""
+        return round(self.gap_s * 1_000_000)
+
 
 class Artifact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An immutable file, by what it holds."""
