@@ -4,7 +4,8 @@ Names, in this order: `gaps`, `quarantine`, tables of `control/` (such as `devic
 path, such as "raw/vibration". A name with a dot or a dash needs double quotes.
 
 Time travel: a time applies to every table of the query, each as of its last commit until then; a table that was made
-later is empty. A version number is one of one table, so such a query may read one table only.
+later is empty. A version number is one of one table, so such a query may read one table only; a version for each table
+(`Lake.versions` tells them) makes every later answer to the same question the same.
 
 A question is one SELECT (or DESCRIBE, SUMMARIZE, SHOW TABLES, EXPLAIN): nothing that is asked can change the lake,
 or read anything but the lake.
@@ -13,7 +14,7 @@ or read anything but the lake.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -39,6 +40,8 @@ BATCH_ROWS = 10_000
 HEAD_ROWS_MAX = 1_000_000
 """They are sorted, and answered as one table."""
 _LISTED_MAX = 20
+Pins = Mapping[str, int]
+"""A version of each table that a question reads, by path."""
 _MISSING = re.compile(r"(?:Table|View) with name (.+?) does not exist")
 STREAMS_SCHEMA = pa.schema(
     [
@@ -71,12 +74,12 @@ class Lake:
         """Free the memory. Readers that are still open fail."""
         self._connection.close()
 
-    def sql(self, query: str, at: At = None) -> pa.Table:
+    def sql(self, query: str, at: At | Pins = None) -> pa.Table:
         """Answer a question.
 
         Args:
             query: one SELECT.
-            at: the lake as it was (see the module's text); None: as it is.
+            at: the lake as it was (see the module's text), or a version of each table; None: as it is.
 
         Raises:
             QueryError: it cannot be answered as it was asked; one sentence says why.
@@ -86,7 +89,7 @@ class Lake:
         with self._answering(query, at) as cursor, self._translated():
             return cursor.execute(query).to_arrow_table()
 
-    def read(self, query: str, at: At = None) -> Iterator[pa.RecordBatch]:
+    def read(self, query: str, at: At | Pins = None) -> Iterator[pa.RecordBatch]:
         """Answer a question piece by piece, for answers that do not fit the memory. At least one batch comes, for the
         schema's sake.
 
@@ -101,6 +104,22 @@ class Lake:
                 yield batch
             if empty:
                 yield pa.RecordBatch.from_pylist([], schema=reader.schema)
+
+    def versions(self, query: str) -> dict[str, int]:
+        """The tables that a question reads, by path, each with its latest version: as `at` of `sql` or `read` they make
+        the answer repeatable.
+
+        Raises:
+            QueryError: it cannot be read, or asks for `gaps`, which is of all tables.
+            UnknownStreamError: it names a table that is not there.
+            StoreUnavailableError: the store did not answer.
+        """
+        with self._connection.cursor() as cursor:
+            paths = self._paths(read_question(cursor, query))
+        if GAPS in paths:
+            raise QueryError("a question about gaps reads all tables, and has no versions; leave gaps out")
+        states = {path: self._catalog.state(path) for path in paths.values()}
+        return {path: state.version for path, state in sorted(states.items()) if state is not None}
 
     def head(self, stream: str, rows: int = 10, at: At = None) -> pa.Table:
         """The latest rows of a stream, latest first.
@@ -173,7 +192,7 @@ class Lake:
         return ""
 
     @contextmanager
-    def _answering(self, query: str, at: At) -> Iterator[duckdb.DuckDBPyConnection]:
+    def _answering(self, query: str, at: At | Pins) -> Iterator[duckdb.DuckDBPyConnection]:
         """A cursor that has a view for every table the query names, all of one moment."""
         if isinstance(at, datetime) and at.tzinfo is None:
             at = at.replace(tzinfo=UTC)
@@ -183,22 +202,30 @@ class Lake:
                     cursor.execute(f"CREATE TEMP VIEW {identifier(name)} AS {text}")
             yield cursor
 
-    def _views(self, question: Question, at: At) -> dict[str, str]:
-        """The SELECT behind each name that the lake knows; other names may be what the query itself defines."""
+    def _paths(self, question: Question) -> dict[str, str]:
+        """The table behind each name that the lake knows; other names may be what the query itself defines."""
         if not (question.tables or question.qualified or question.all_tables):
             return {}
         known = self._catalog.paths()
         for name in question.qualified & known.keys():
             raise UnknownStreamError(f'the name {name} has a dot in it: write "{name}" in double quotes')
         names = question.tables | (known.keys() | {GAPS} if question.all_tables else set())
-        paths = {name: path for name in names if (path := known.get(name) or table_of(name)) is not None}
-        if isinstance(at, int) and (len(set(paths.values())) > 1 or GAPS in names):
-            read = _listed(sorted({*paths, *(names & {GAPS})}))
-            raise QueryError(f"version {at} is one of one table, and the query reads {read}; give a time instead")
-        views = {name: text for name, path in paths.items() if name != GAPS and (text := self._view(path, at))}
-        if GAPS in names:
-            views[GAPS] = self._gaps(at)
-        return views
+        found = {name: path for name in names if (path := known.get(name) or table_of(name)) is not None}
+        return found | ({GAPS: GAPS} if GAPS in names else {})
+
+    def _views(self, question: Question, at: At | Pins) -> dict[str, str]:
+        """The SELECT behind each of these names."""
+        paths = self._paths(question)
+        if isinstance(at, int) and (len(set(paths.values())) > 1 or GAPS in paths):
+            raise QueryError(
+                f"version {at} is one of one table, and the query reads {_listed(sorted(paths))}; give a time instead"
+            )
+        if not isinstance(at, Mapping):
+            views = {name: text for name, path in paths.items() if name != GAPS and (text := self._view(path, at))}
+            return views | ({GAPS: self._gaps(at)} if GAPS in paths else {})
+        if lacking := sorted(name for name, path in paths.items() if path not in at):
+            raise QueryError(f"no version was given of {_listed(lacking)}; give one for each table of the query")
+        return {name: text for name, path in paths.items() if (text := self._view(path, at[path]))}
 
     def _view(self, path: str, at: At) -> str | None:
         state = self._catalog.state(path, at)

@@ -118,6 +118,22 @@ class QuerySuite:
         bring_in(store, "s", raw(A, 2, rows(x=pa.array([1, 2, 3], pa.int8()), y=pa.array(["a", "b", "c"]))))
         assert answer(lake, "SELECT count(*), count(y) FROM s") == [(6, 3)]
 
+    def test_versions_of_every_table_make_an_answer_repeatable(self, store: Store, lake: Lake) -> None:
+        bring_in(store, "s", raw(A, 1))
+        bring_in(store, "t", raw(B, 1))
+        question = "SELECT (SELECT count(*) FROM s), (SELECT count(*) FROM t)"
+        pins = lake.versions(question)
+        assert set(pins) == {"raw/s", "raw/t"}
+        bring_in(store, "t", raw(B, 2))
+        assert answer(lake, question) == [(3, 6)]
+        assert answer(lake, question, pins) == [(3, 3)]
+        assert lake.versions(question)["raw/t"] == pins["raw/t"] + 1
+        assert lake.versions("SELECT 1") == {}
+        with pytest.raises(QueryError, match="no version was given of t"):
+            lake.sql(question, at={"raw/s": pins["raw/s"]})
+        with pytest.raises(QueryError, match="gaps"):
+            lake.versions("FROM gaps")
+
     def test_fields_have_their_own_names_and_types(self, store: Store, lake: Lake) -> None:
         lowest = -(2**63)
         fields: dict[str, pa.Array] = {
