@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from headwater.stack.supervisor import Supervisor
 
 EMBEDDED = "embedded"
-STOP_TIMEOUT_S = 2.0
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -92,10 +91,7 @@ def _start_store(folder: DataFolder, supervisor: Supervisor) -> StoreSettings:
 
     ports = PortBook(folder.ports).claim(Seaweed.PORTS)
     seaweed = Seaweed(folder.part("store"), log=folder.log("store"), ports=ports)
-    spec = seaweed.spec()
-    # Sometimes it does not end when it is asked to soon after its start. It was only read from: SIGKILL costs nothing.
-    hasty = msgspec.structs.replace(spec.policy, stop_timeout_s=STOP_TIMEOUT_S)
-    supervisor.start([msgspec.structs.replace(spec, policy=hasty)], timeout_s=60.0)
+    supervisor.start([seaweed.spec()], timeout_s=60.0)
     return store_settings(seaweed.access)
 
 

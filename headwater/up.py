@@ -48,7 +48,6 @@ GATEWAY_TIER, DEVICE_TIER = 20, 30
 HTTP_PORT = 8080
 HTTP_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 120.0
-STORE_STOP_S = 5.0
 WATCH_INTERVAL_S = 1.0
 
 
@@ -174,10 +173,7 @@ class Stack:
         if self.options.lake == "embedded":
             ports = self._book.claim(Seaweed.PORTS)
             seaweed = Seaweed(self._folder.part("store"), log=self._folder.log("store"), ports=ports)
-            spec = seaweed.spec()
-            # Asked to end soon after its start it sometimes does not. What it answered for survives SIGKILL.
-            hasty = msgspec.structs.replace(spec.policy, stop_timeout_s=STORE_STOP_S)
-            specs.append(msgspec.structs.replace(spec, policy=hasty))
+            specs.append(seaweed.spec())
             access = seaweed.access
             keys = self._folder.part("gateway") / "credentials.toml"
             write_whole(keys, toml.dumps({"access_key": access.key, "secret_key": access.secret}).encode(), 0o600)
