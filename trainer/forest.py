@@ -1,13 +1,13 @@
 """Ensembles of trees as ONNX, so that the score is scikit-learn's own to the bit.
 
-The usual conversion adds up float32 leaves: the score differs in the last bits, and where two classes tie, noise decides
-the label (4 of 10,000 with 50 extra trees). Here one `TreeEnsembleRegressor` of ai.onnx.ml 3 compares and adds in
-float64, as scikit-learn does, and rounds its result to float32 once.
+The usual conversion adds up float32 leaves: the score differs in the last bits, and where two classes tie, noise
+decides the label (4 of 10,000 with 50 extra trees). Here one `TreeEnsembleRegressor` of ai.onnx.ml 3 compares and adds
+in float64, as scikit-learn does, and rounds its result to float32 once.
 
 **Sums that go on.** That result is final for a forest of votes. Boosting and the isolation forest put it through an
-exponential, and would see the rounding. For them every leaf value is cut into three parts: multiples of a power of two so
-coarse that any sum of them fits the 24 bits of a float32, multiples of a finer one for the rest, and what remains. The
-three sums leave the operator unharmed, and their sum in float64 is what scikit-learn has, but for about 1e-16.
+exponential, and would see the rounding. For them every leaf value is cut into three parts: multiples of a power of two
+so coarse that any sum of them fits the 24 bits of a float32, multiples of a finer one for the rest, and what remains.
+The three sums leave the operator unharmed, and their sum in float64 is what scikit-learn has, but for about 1e-16.
 
 **Isolation forest.** The path length of a leaf, `depth + c(samples)`, is its value; the sum over all trees is put into
 `2 ** (-sum / (trees * c(max_samples)))` (Liu, Ting, Zhou: Isolation forest, ICDM 2008). One operator and a `Pow` answer
@@ -106,7 +106,7 @@ def _boosting(estimator: Any) -> onnx.ModelProto:
     nodes_, constants_ = _exact_sum(trees, targets, "sum")
     nodes_.append(helper.make_node("Add", ["sum", "base"], ["raw"]))
     if targets == 1:
-        constants.append(numpy_helper.from_array(np.float64(1.0), "one"))
+        constants.append(numpy_helper.from_array(np.asarray(1.0), "one"))
         nodes_ += [
             helper.make_node("Neg", ["raw"], ["negative"]),
             helper.make_node("Exp", ["negative"], ["odds"]),
@@ -134,8 +134,8 @@ def _isolation(estimator: Any) -> onnx.ModelProto:
     expected = len(trees) * (float(average_path_length([estimator.max_samples_])[0]) or 1.0)
     nodes, constants = _exact_sum(trees, 1, "sum")
     constants += [
-        numpy_helper.from_array(np.float64(-1.0 / expected), "scale"),
-        numpy_helper.from_array(np.float64(2.0), "two"),
+        numpy_helper.from_array(np.asarray(-1.0 / expected), "scale"),
+        numpy_helper.from_array(np.asarray(2.0), "two"),
         numpy_helper.from_array(np.array([1], np.int64), "axis"),
     ]
     nodes += [

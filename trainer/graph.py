@@ -1,19 +1,19 @@
 """The feature graph: from a window of readings to numbers that a model can learn from, as ONNX operators.
 
 There is no second implementation. Training, batch scoring, the gateway and the device all run these nodes with
-onnxruntime, so what a model was trained on is what it gets, to the bit. One window gives the same bits alone, in a batch
-of any size and in another process on the same kind of CPU; that rests on three rules:
+onnxruntime, so what a model was trained on is what it gets, to the bit. One window gives the same bits alone, in a
+batch of any size and in another process on the same kind of CPU; that rests on three rules:
 
 - every sum runs over the last axis of a float64 `[B * C, W]` matrix, one row after the other;
 - rows are padded to a multiple of 8 values. onnxruntime adds up a row in packets that begin at an aligned address, so
-  with an odd `W` the second row is added in another order than the first, and a third of all sums differ in the last bit;
+  with an odd `W` the second row is added in another order than the first: a third of all sums differed in the last bit;
 - the DFT is a matrix product per window, never one over the whole batch, whose blocking could depend on its size.
 
 Only the result is rounded to float32. Another kind of CPU (Arm, or x86 without FMA) may differ in the last bit of
 float64, which the rounding hides but for about one value in 10^8.
 
-**Definitions.** Of one channel, `x` are its finite values in the window, `n` their number, `d = x - mean`; everything is
-population statistics (divided by `n`).
+**Definitions.** Of one channel, `x` are its finite values in the window, `n` their number, `d = x - mean`; everything
+is population statistics (divided by `n`).
 
 | name | value | constant window |
 |---|---|---|
@@ -112,7 +112,7 @@ class FeatureSpec:
     def columns(self) -> tuple[str, ...]:
         """The features of one channel."""
         unit = "" if self.sample_rate_hz is None else "hz"
-        found = [kind for kind in STATISTICS if kind in self.kinds]
+        found: list[str] = [kind for kind in STATISTICS if kind in self.kinds]
         if BANDS in self.kinds:
             found += [f"band_{low:g}_{high:g}{unit}" for low, high in self.edges()]
         return tuple(found)
@@ -154,9 +154,8 @@ def check_spec(spec: FeatureSpec) -> None:
     if BANDS in spec.kinds:
         _check_bands(spec)
     if len(spec.columns()) * len(spec.fields) > FEATURES_MAX:
-        raise ConfigurationError(
-            f"{len(spec.columns())} features of {len(spec.fields)} fields are more than {FEATURES_MAX}; take fewer bands"
-        )
+        count = len(spec.columns()) * len(spec.fields)
+        raise ConfigurationError(f"{count} features are more than {FEATURES_MAX}; take fewer bands or fields")
 
 
 def _check_bands(spec: FeatureSpec) -> None:

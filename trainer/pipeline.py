@@ -33,7 +33,7 @@ STEPS: dict[str, Step] = {
         Step("dataset", "trainer.dataset:step", (), (*_SHAPE,)),
         Step("checks", "trainer.checks:step", ("dataset",), ("task", "seed", "split", "checks")),
         Step("search", "trainer.search:step", ("checks",), ("task", "seed", "features", "families", "search")),
-        Step("evaluate", "trainer.evaluate:step", ("search",), ("task", "seed", "search")),
+        Step("evaluate", "trainer.evaluate:step", ("search",), ("task", "seed", "search", "report")),
         Step("export", "trainer.export:step", ("search",), ("task", "seed", "window", "limits")),
         Step("release", "trainer.release:step", ("evaluate", "export"), ("name", "limits", "policy")),
     )

@@ -114,6 +114,8 @@ class Features(Part, frozen=True, kw_only=True):
 
     include: tuple[str, ...] = ()
     """Names of feature functions (see `trainer.graph`); none: all."""
+    bands: tuple[tuple[float, float], ...] = ()
+    """Edges of the DFT bands in Hz; none: eight equal ones up to the Nyquist frequency."""
     select: Literal["none", "variance", "importance"] = "importance"
     """How features that do not help are left out."""
     count_max: Count | None = None
@@ -133,6 +135,17 @@ class Search(Part, frozen=True, kw_only=True):
     """One trial's fold; a trial that takes longer is given up."""
     contamination: Annotated[float, msgspec.Meta(gt=0, lt=0.5)] = 0.01
     """Anomaly: the share of training windows that the threshold leaves above it."""
+    class_weights: bool = True
+    """Classification: a rare class counts as much as a common one, in the families that can."""
+
+
+class Report(Part, frozen=True, kw_only=True):
+    """What the evaluation adds to its figures; each costs time."""
+
+    html: bool = True
+    """One page with figures and plots."""
+    learning_curve: bool = True
+    """Train the chosen model on a quarter, a half and three quarters of the groups, too."""
 
 
 class Thresholds(Part, frozen=True, kw_only=True):
@@ -224,6 +237,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     families: dict[str, dict[str, Space]] = {}
     """Search space of each family by parameter; none: all families of the task that need no extra, with their own."""
     search: Search
+    report: Report = Report()
     checks: Thresholds = Thresholds()
     limits: Cost = Cost()
     """What the model may cost on a device."""
