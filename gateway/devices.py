@@ -7,16 +7,21 @@ Rows of `control/devices` say when a device was first seen, went online or offli
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import msgspec
 
 from contract.messages import Desired, Presence, Reported, encode
+from contract.models import MODELS_MAX, ReportedModel
 
 FIRST_SEEN, ONLINE, OFFLINE, DESIRED = "first_seen", "online", "offline", "desired"
 REPORTED_BYTES_MAX = 64 * 1024 * 1024
 """Reported documents in memory, as JSON; beyond, those that were reported longest ago are forgotten."""
+REPORTED_MODELS_MAX = 400_000
+"""Models as last reported, of all devices together, about 1 kB each; beyond, those reported longest ago are forgotten."""
+TAGS_MAX = 32
+"""Tags remembered of one device."""
 
 
 class DeviceEvent(NamedTuple):
@@ -53,6 +58,10 @@ class Device(msgspec.Struct, kw_only=True):
     reported: bytes | None = None
     """Its reported document, JSON."""
     reported_us: int | None = None
+    tags: tuple[str, ...] = ()
+    """As it last reported."""
+    models: Mapping[str, ReportedModel] = {}
+    """Likewise, by model."""
     desired: Desired | None = None
     desired_us: int | None = None
 
@@ -68,13 +77,22 @@ class DeviceBook:
     Args:
         devices_max: beyond, the device seen longest ago is left out; its rows stay in the lake.
         reported_bytes_max: see `REPORTED_BYTES_MAX`.
+        reported_models_max: see `REPORTED_MODELS_MAX`.
     """
 
-    def __init__(self, devices_max: int, reported_bytes_max: int = REPORTED_BYTES_MAX) -> None:
+    def __init__(
+        self,
+        devices_max: int,
+        reported_bytes_max: int = REPORTED_BYTES_MAX,
+        reported_models_max: int = REPORTED_MODELS_MAX,
+    ) -> None:
         self.devices_max, self._reported_bytes_max = devices_max, reported_bytes_max
+        self._reported_models_max = reported_models_max
         self._devices: OrderedDict[str, Device] = OrderedDict()
         self._reported: OrderedDict[str, int] = OrderedDict()
         self.reported_bytes = 0
+        self._models: OrderedDict[str, int] = OrderedDict()
+        self.reported_models = 0
 
     def __len__(self) -> int:
         return len(self._devices)
@@ -124,6 +142,11 @@ class DeviceBook:
     def reports(self, name: str, said: Reported, now_us: int) -> list[DeviceEvent]:
         """A reported document came; returns what is new."""
         events = self._first(name, now_us)
+        self.learn(name, said, now_us)
+        return events
+
+    def learn(self, name: str, said: Reported, now_us: int) -> None:
+        """Remember a reported document, whether the device is new or not."""
         device = self._touch(name)
         device.last_seen_us = device.reported_us = now_us
         self._forget_report(name)
@@ -132,7 +155,14 @@ class DeviceBook:
         self.reported_bytes += len(device.reported)
         while self.reported_bytes > self._reported_bytes_max:
             self._forget_report(next(iter(self._reported)))
-        return events
+        self._forget_models(name)
+        device.tags = said.tags[:TAGS_MAX]
+        device.models = dict(list(said.models.items())[:MODELS_MAX])
+        if device.models:
+            self._models[name] = len(device.models)
+            self.reported_models += len(device.models)
+        while self.reported_models > self._reported_models_max:
+            self._forget_models(next(iter(self._models)))
 
     def heard(self, names: Iterable[str], now_us: int) -> list[DeviceEvent]:
         """Batches of these devices were committed; returns what is new."""
@@ -156,6 +186,7 @@ class DeviceBook:
             if len(self._devices) > self.devices_max:
                 oldest, _ = self._devices.popitem(last=False)
                 self._forget_report(oldest)
+                self._forget_models(oldest)
         self._devices.move_to_end(name)
         return device
 
@@ -164,3 +195,9 @@ class DeviceBook:
         device = self._devices.get(name)
         if device is not None:
             device.reported = None
+
+    def _forget_models(self, name: str) -> None:
+        self.reported_models -= self._models.pop(name, 0)
+        device = self._devices.get(name)
+        if device is not None:
+            device.models = {}

@@ -26,7 +26,14 @@ from contract.messages import Desired, DesiredStream, Presence, Reported, decode
 from contract.names import is_name, shard_of
 from contract.settings import plain
 from gateway.acknowledger import Publish
-from gateway.devices import DESIRED, REPORTED_BYTES_MAX, Device, DeviceBook, DeviceEvent
+from gateway.devices import (
+    DESIRED,
+    REPORTED_BYTES_MAX,
+    REPORTED_MODELS_MAX,
+    Device,
+    DeviceBook,
+    DeviceEvent,
+)
 from gateway.ingress import wall_us
 from gateway.metrics import GatewayMetrics
 from gateway.settings import RegistrySettings
@@ -100,6 +107,7 @@ class Registry:
         metrics: counters.
         health: told how the lake answers.
         clock_us: wall clock, microseconds.
+        changed: told the name of each device that said something, in the network thread; must not wait.
     """
 
     def __init__(
@@ -113,7 +121,9 @@ class Registry:
         metrics: GatewayMetrics,
         health: LakeHealth,
         clock_us: Callable[[], int] = wall_us,
+        changed: Callable[[str], None] = lambda name: None,
     ) -> None:
+        self._changed = changed
         self._settings, self._shards, self._gateway = settings, frozenset(shards), gateway
         self._open_table, self._publish = open_table, publish
         self._metrics, self._health, self._clock_us = metrics, health, clock_us
@@ -139,6 +149,9 @@ class Registry:
         )
         metrics.watch(
             "reported_bytes", "Reported documents in memory", lambda: self._book.reported_bytes, REPORTED_BYTES_MAX
+        )
+        metrics.watch(
+            "reported_models", "Reported models in memory", lambda: self._book.reported_models, REPORTED_MODELS_MAX
         )
 
     def start(self) -> None:
@@ -171,11 +184,12 @@ class Registry:
                 self._hear(kind, device, lambda: self._book.presence(device, presence, now_us))
             else:
                 report = decode(payload, Reported)
-                if not self._loaded:
-                    # A sign of life is remembered until the table is read; the document comes again within a minute.
-                    self.heard((device,), now_us)
-                    return
+                with self._lock:
+                    if not self._loaded:
+                        # Kept from the first moment on: a device that is offline now will not say it again.
+                        self._book.learn(device, report, now_us)
                 self._hear(kind, device, lambda: self._book.reports(device, report, now_us))
+            self._changed(device)
         except Rejected as refusal:
             self._metrics.documents_refused.labels(kind).inc()
             _log.debug("document_refused", topic=topic[:200], error=str(refusal))
@@ -214,6 +228,11 @@ class Registry:
             names = heapq.nsmallest(limit, (device.name for device in self._book if device.name > after))
             found = [self._book.get(name) for name in names]
             return [msgspec.structs.replace(device) for device in found if device is not None]
+
+    def everyone(self) -> list[Device]:
+        """Every device that is known, as of now."""
+        with self._lock:
+            return [msgspec.structs.replace(device) for device in self._book]
 
     @property
     def loaded(self) -> bool:

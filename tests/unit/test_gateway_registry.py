@@ -7,6 +7,7 @@ publishing only once; a queue without a bound.
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
@@ -14,7 +15,9 @@ from contract import topics
 from contract.errors import TemporaryError
 from contract.limits import SHARDS
 from contract.messages import Desired, DesiredStream, Presence, Reported, ReportedStream, decode, encode
+from contract.models import MODELS_MAX, ReportedModel
 from contract.names import shard_of
+from gateway.devices import TAGS_MAX, DeviceBook
 from gateway.registry import PATH, SCHEMA, Refused, Registry, events_of
 from gateway.settings import RegistrySettings
 from gateway.watch import LakeHealth
@@ -290,16 +293,46 @@ def test_what_a_device_says_of_itself_is_bounded(tmp_path):
     assert value(bench.metrics, "documents_refused_total", kind="status") == 1
 
 
-def test_a_report_that_comes_before_the_table_was_read_is_a_sign_of_life_and_no_more(tmp_path):
+def test_a_report_that_comes_before_the_table_was_read_is_kept_and_makes_no_row_of_a_known_device(tmp_path):
+    """A device that is offline now will not say it again: rollouts need what the broker had retained of it."""
+    first = Bench(tmp_path)
+    first.registry.refresh()
+    first.hears("pi-1", online=False)
+    first.registry.write()
     bench = Bench(tmp_path)
-    report = Reported(revision=0, agent="a", boot=BOOT, clock_synced=True, started_at_us=0, streams={})
+    model = ReportedModel(active=3)
+    report = Reported(
+        revision=0,
+        agent="a",
+        boot=BOOT,
+        clock_synced=True,
+        started_at_us=0,
+        streams={},
+        models={"m": model},
+        tags=("x",),
+    )
     bench.registry.receive(topics.reported("pi-1"), encode(report))
-    assert bench.registry.device("pi-1") is None
     bench.registry.refresh()
-    assert bench.registry.device("pi-1").reported is None
-    assert bench.registry.device("pi-1").last_seen_us == bench.now_us
-    bench.registry.receive(topics.reported("pi-1"), encode(report))
-    assert bench.registry.device("pi-1").reported == encode(report)
+    device = bench.registry.device("pi-1")
+    assert (device.reported, device.tags, device.models) == (encode(report), ("x",), {"m": model})
+    assert (device.online, device.last_seen_us) == (False, bench.now_us)
+    bench.registry.write()
+    assert bench.rows() == [("pi-1", "first_seen"), ("pi-1", "offline")]
+
+
+def test_models_that_devices_report_are_bounded_over_all_devices():
+    book = DeviceBook(10, reported_models_max=4)
+    models = {name: ReportedModel(active=1) for name in "abc"}
+    report = Reported(revision=0, agent="a", boot=BOOT, clock_synced=True, started_at_us=0, streams={}, models=models)
+    for name in ("pi-1", "pi-2", "pi-2"):
+        book.reports(name, report, 1)
+    assert book.reported_models == 3
+    assert (book.get("pi-1").models, book.get("pi-2").models) == ({}, models)
+    crowd = {f"m{number}": ReportedModel(active=1) for number in range(MODELS_MAX + 5)}
+    crowded = DeviceBook(10)
+    crowded.reports("pi-1", msgspec.structs.replace(report, models=crowd, tags=tuple("abcdefgh" * 10)), 1)
+    assert len(crowded.get("pi-1").models) == MODELS_MAX
+    assert len(crowded.get("pi-1").tags) == TAGS_MAX
 
 
 def test_the_thread_does_all_of_it_and_ends(tmp_path):

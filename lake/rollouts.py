@@ -1,0 +1,395 @@
+"""The table `control/rollouts`: every step of every rollout as a row, and what they add up to.
+
+A rollout *is* its rows: `fold` gives the state, and nothing else is kept anywhere. Rows are appended with check-and-set
+(`lake.tables.ControlTable`), so whoever decided on an older state is refused and must look again. The number of that
+check-and-set, `sequence`, rises with every commit; the orders that follow from a row carry it to the devices, which
+follow only what is higher than all they have seen.
+
+    DRAFT ─▶ APPROVAL ⇄ RUNNING ⇄ PAUSED          DRAFT, APPROVAL, RUNNING, PAUSED ─▶ ABORTED ─▶ ROLLED_BACK
+      └──────────────────▲ └─▶ SUCCEEDED ─▶ ROLLED_BACK
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+import pyarrow as pa
+
+from contract.errors import HeadwaterError
+from lake.errors import CommitConflictError
+from lake.rollout_spec import Spec
+
+PATH = "control/rollouts"
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+SCHEMA = pa.schema(
+    [
+        pa.field("at", TIMESTAMP),
+        pa.field("rollout", pa.string()),
+        pa.field("model", pa.string()),
+        pa.field("sequence", pa.int64()),
+        pa.field("place", pa.int32()),
+        pa.field("who", pa.string()),
+        pa.field("event", pa.string()),
+        pa.field("why", pa.string()),
+        pa.field("detail", pa.string()),
+    ]
+)
+ATTEMPTS_MAX = 8
+TEXT_MAX = 2_000
+"""Characters of `why`."""
+
+
+class RolloutState(StrEnum):
+    """Where a rollout is. The values are a contract: they stand in answers and metrics."""
+
+    DRAFT = "draft"
+    APPROVAL = "approval"
+    """Waits for a person."""
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    ABORTED = "aborted"
+    """Hands out no more orders; devices that have one keep it."""
+    ROLLED_BACK = "rolled_back"
+
+
+ACTIVE = frozenset({RolloutState.APPROVAL, RolloutState.RUNNING, RolloutState.PAUSED})
+ENDED = frozenset({RolloutState.SUCCEEDED, RolloutState.ABORTED, RolloutState.ROLLED_BACK})
+
+
+class EventKind(StrEnum):
+    """What a row says. The values are a contract: they stand in the table."""
+
+    CREATED = "created"
+    """`detail` is the `Spec`."""
+    APPROVAL_ASKED = "approval_asked"
+    APPROVED = "approved"
+    STARTED = "started"
+    STAGE_STARTED = "stage_started"
+    """Its `sequence` is that of the orders to the devices that join."""
+    BAKING = "baking"
+    """Enough devices of the stage have committed."""
+    STAGE_PASSED = "stage_passed"
+    PAUSED = "paused"
+    RESUMED = "resumed"
+    SUCCEEDED = "succeeded"
+    ABORTED = "aborted"
+    SUPERSEDED = "superseded"
+    """Aborted, because a newer rollout of the model was started over it."""
+    ROLLED_BACK = "rolled_back"
+    """Its `sequence` is that of the orders back."""
+
+
+_FROM: dict[EventKind, frozenset[RolloutState]] = {
+    EventKind.APPROVAL_ASKED: frozenset({RolloutState.DRAFT, RolloutState.RUNNING}),
+    EventKind.APPROVED: frozenset({RolloutState.APPROVAL}),
+    EventKind.STARTED: frozenset({RolloutState.DRAFT}),
+    EventKind.STAGE_STARTED: frozenset({RolloutState.RUNNING}),
+    EventKind.BAKING: frozenset({RolloutState.RUNNING}),
+    EventKind.STAGE_PASSED: frozenset({RolloutState.RUNNING}),
+    EventKind.PAUSED: frozenset({RolloutState.RUNNING}),
+    EventKind.RESUMED: frozenset({RolloutState.PAUSED}),
+    EventKind.SUCCEEDED: frozenset({RolloutState.RUNNING}),
+    EventKind.ABORTED: frozenset({RolloutState.DRAFT}) | ACTIVE,
+    EventKind.SUPERSEDED: ACTIVE,
+    EventKind.ROLLED_BACK: frozenset({RolloutState.SUCCEEDED, RolloutState.ABORTED}),
+}
+_TO: dict[EventKind, RolloutState] = {
+    EventKind.APPROVAL_ASKED: RolloutState.APPROVAL,
+    EventKind.APPROVED: RolloutState.RUNNING,
+    EventKind.STARTED: RolloutState.RUNNING,
+    EventKind.PAUSED: RolloutState.PAUSED,
+    EventKind.RESUMED: RolloutState.RUNNING,
+    EventKind.SUCCEEDED: RolloutState.SUCCEEDED,
+    EventKind.ABORTED: RolloutState.ABORTED,
+    EventKind.SUPERSEDED: RolloutState.ABORTED,
+    EventKind.ROLLED_BACK: RolloutState.ROLLED_BACK,
+}
+
+
+class RolloutRefused(HeadwaterError):
+    """What was asked for does not fit the rollout as it is; the message says why, and what to do.
+
+    Attributes:
+        code: the machine-readable reason.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class RolloutEvent(NamedTuple):
+    """One row. `sequence` and `place` are given at the commit."""
+
+    at_us: int
+    """Wall clock of who wrote it, microseconds since 1970-01-01 UTC."""
+    rollout: str
+    model: str
+    who: str
+    event: EventKind
+    why: str
+    detail: str = "{}"
+    """JSON object."""
+    sequence: int = 0
+    place: int = 0
+    """Among the rows of its commit, from 0."""
+
+
+class Rollout(msgspec.Struct, frozen=True, kw_only=True):
+    """A rollout as of its latest row."""
+
+    name: str
+    spec: Spec
+    state: RolloutState
+    who: str
+    """Who created it."""
+    why: str
+    created_us: int
+    created_sequence: int
+    changed_us: int
+    """When the state was entered, by whom and why: the next two."""
+    changed_by: str
+    reason: str
+    stages: tuple[int, ...] = ()
+    """`sequence` of each stage that was reached, in their order."""
+    stage_us: int = 0
+    """When the latest stage began; time spent paused is added."""
+    baking_us: int | None = None
+    """When enough devices of the latest stage had committed; likewise."""
+    passed: int = 0
+    """Stages that were passed."""
+    approved: int = -1
+    """Number, from 0, of the latest stage that was approved."""
+    rollback: int | None = None
+    """`sequence` of the orders back."""
+    events: int = 1
+
+    @property
+    def stage(self) -> int:
+        """Number of the latest stage that was reached, from 0; -1 before the first."""
+        return len(self.stages) - 1
+
+    @property
+    def began(self) -> int:
+        """`sequence` of its first orders, 0 before: of two rollouts of a model, the one with the higher is newer."""
+        return self.stages[0] if self.stages else 0
+
+    @property
+    def awaiting(self) -> int:
+        """Number of the stage that waits for approval, where one does."""
+        return len(self.stages)
+
+    def needs_approval(self, stage: int) -> bool:
+        """Whether a person has yet to approve that this stage begins."""
+        asked = self.spec.stages[stage].approval or (stage == 0 and self.spec.approval)
+        return asked and self.approved < stage
+
+
+class RolloutBook(msgspec.Struct, frozen=True):
+    """All rollouts as of one `version` of the table."""
+
+    version: int = 0
+    rollouts: dict[str, Rollout] = {}
+    """By name, in the order of their creation."""
+
+    def get(self, name: str) -> Rollout:
+        """A rollout.
+
+        Raises:
+            RolloutRefused: there is none of that name.
+        """
+        found = self.rollouts.get(name)
+        if found is None:
+            raise RolloutRefused(
+                "unknown_rollout", f"there is no rollout {name[:80]!r}; `headwater rollout status` lists them"
+            )
+        return found
+
+    def of_model(self, model: str) -> list[Rollout]:
+        """The rollouts of a model, the newest first."""
+        return [rollout for rollout in reversed(self.rollouts.values()) if rollout.spec.model == model]
+
+    def active(self, model: str) -> Rollout | None:
+        """The rollout of a model that is under way, if one is."""
+        return next((rollout for rollout in self.of_model(model) if rollout.state in ACTIVE), None)
+
+
+def fold(events: Iterable[RolloutEvent], version: int = 0) -> RolloutBook:
+    """What rows, in any order, add up to. A row that does not fit the state before it changes nothing."""
+    rollouts: dict[str, Rollout] = {}
+    for event in sorted(events, key=lambda event: (event.sequence, event.place)):
+        after = _apply(rollouts.get(event.rollout), event)
+        if after is not None:
+            rollouts[event.rollout] = after
+    return RolloutBook(version, rollouts)
+
+
+def _apply(before: Rollout | None, event: RolloutEvent) -> Rollout | None:
+    if before is None:
+        return _created(event) if event.event is EventKind.CREATED else None
+    if event.event is EventKind.CREATED or before.state not in _FROM[event.event]:
+        return before
+    changes: dict[str, Any] = {"events": before.events + 1}
+    if event.event in _TO:
+        changes |= {
+            "state": _TO[event.event],
+            "changed_us": event.at_us,
+            "changed_by": event.who,
+            "reason": event.why,
+        }
+    match event.event:
+        case EventKind.STAGE_STARTED:
+            if len(before.stages) >= len(before.spec.stages):
+                return before
+            changes |= {"stages": (*before.stages, event.sequence), "stage_us": event.at_us, "baking_us": None}
+        case EventKind.BAKING:
+            changes["baking_us"] = event.at_us if before.baking_us is None else before.baking_us
+        case EventKind.STAGE_PASSED | EventKind.SUCCEEDED:
+            changes["passed"] = len(before.stages)
+        case EventKind.APPROVED:
+            changes["approved"] = before.awaiting
+        case EventKind.RESUMED:
+            paused_us = max(0, event.at_us - before.changed_us)
+            changes["stage_us"] = before.stage_us + paused_us
+            changes["baking_us"] = None if before.baking_us is None else before.baking_us + paused_us
+        case EventKind.ROLLED_BACK:
+            changes["rollback"] = event.sequence
+    return msgspec.structs.replace(before, **changes)
+
+
+def _created(event: RolloutEvent) -> Rollout | None:
+    try:
+        spec = msgspec.json.decode(event.detail, type=Spec)
+    except msgspec.MsgspecError:
+        return None  # of a newer release, which alone knows what to do with it
+    return Rollout(
+        name=event.rollout,
+        spec=spec,
+        state=RolloutState.DRAFT,
+        who=event.who,
+        why=event.why,
+        created_us=event.at_us,
+        created_sequence=event.sequence,
+        changed_us=event.at_us,
+        changed_by=event.who,
+        reason=event.why,
+    )
+
+
+class Table(Protocol):
+    """The table under it (see `lake.tables.ControlTable`). Not thread-safe."""
+
+    @property
+    def version(self) -> int:
+        """Number of the last check-and-set as of the last refresh."""
+
+    def refresh(self) -> None:
+        """See the latest commit."""
+
+    def read(self) -> pa.Table:
+        """All rows as of the last refresh."""
+
+    def append(self, rows: pa.Table, *, expected: int | None = None) -> None:
+        """Commit rows; refused when `expected` is given and is not the version any more."""
+
+
+class RolloutTable:
+    """Looks at the rollouts, and adds to them. Not thread-safe.
+
+    Args:
+        open_table: gives the table, anew when credentials changed.
+        on_conflict: called each time that somebody else was first.
+    """
+
+    def __init__(self, open_table: Callable[[], Table], on_conflict: Callable[[], None] = lambda: None) -> None:
+        self._open_table, self._on_conflict = open_table, on_conflict
+        self._book = RolloutBook()
+
+    def look(self) -> RolloutBook:
+        """The rollouts as of now.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        table = self._open_table()
+        table.refresh()
+        if table.version != self._book.version:
+            self._book = fold(events_of(table.read()), table.version)
+        return self._book
+
+    def history(self) -> list[RolloutEvent]:
+        """Every row, the oldest first.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        table = self._open_table()
+        table.refresh()
+        return sorted(events_of(table.read()), key=lambda event: (event.sequence, event.place))
+
+    def act(self, decide: Callable[[RolloutBook], Sequence[RolloutEvent]]) -> RolloutBook:
+        """Look, decide, commit; where somebody else was first, look and decide again.
+
+        Args:
+            decide: what to add to the rollouts as they are; may refuse by raising. Called once per attempt.
+
+        Returns:
+            The rollouts with what was added.
+
+        Raises:
+            CommitConflictError: others were first `ATTEMPTS_MAX` times.
+            StoreUnavailableError: the store did not answer; whether the rows are in is not known: look.
+        """
+        for attempt in range(1, ATTEMPTS_MAX + 1):
+            book = self.look()
+            events = decide(book)
+            if not events:
+                return book
+            try:
+                self._open_table().append(table_of(numbered(events, book.version)), expected=book.version)
+                break
+            except CommitConflictError:
+                self._on_conflict()
+                if attempt == ATTEMPTS_MAX:
+                    raise
+        return self.look()
+
+
+def numbered(events: Sequence[RolloutEvent], version: int) -> list[RolloutEvent]:
+    """Events as they stand in the table when they are committed on top of `version`."""
+    return [event._replace(sequence=version + 1, place=place) for place, event in enumerate(events)]
+
+
+def table_of(events: Iterable[RolloutEvent]) -> pa.Table:
+    """Rows for the table."""
+    rows = [event._asdict() for event in events]
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in SCHEMA.names if name != "at"}
+    columns["at"] = pa.array([row["at_us"] for row in rows], pa.int64()).view(TIMESTAMP)
+    columns["event"] = [str(event) for event in columns["event"]]
+    return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+
+
+def events_of(rows: pa.Table) -> list[RolloutEvent]:
+    """Rows of the table; those that a newer release wrote and this one does not know are left out."""
+    at = rows.column("at").combine_chunks().view(pa.int64()).to_pylist()
+    others = rows.drop_columns(["at"]).to_pylist()
+    known = {kind.value: kind for kind in EventKind}
+    return [
+        RolloutEvent(
+            at_us=at_us or 0,
+            rollout=row["rollout"],
+            model=row["model"] or "",
+            who=row["who"] or "",
+            event=known[row["event"]],
+            why=row["why"] or "",
+            detail=row["detail"] or "{}",
+            sequence=row["sequence"],
+            place=row["place"] or 0,
+        )
+        for at_us, row in zip(at, others, strict=True)
+        if row["event"] in known and row["rollout"] and row["sequence"]
+    ]
