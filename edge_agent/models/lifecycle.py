@@ -3,8 +3,8 @@
     ASSIGNED ─▶ PRECHECK ─▶ DOWNLOADING ─▶ VERIFIED ─▶ PROBED ─▶ SHADOW ─▶ TRIAL ─▶ COMMITTED
         └───────────┴────────────┴────────────┴───────────┴─────────┴────────┴─▶ REJECTED, FAILED, TIMED_OUT, SUPERSEDED
 
-`work` says what is to be done in a record's state, so an agent that starts again simply does that: there is no other way
-to resume. The active release answers all the while; in TRIAL the candidate does, and the active one stands by.
+`work` says what is to be done in a record's state, so an agent that starts again simply does that: there is no other
+way to resume. The active release answers all the while; in TRIAL the candidate does, and the active one stands by.
 
 A candidate is loaded only after `Loading` was made durable. `STARTS_MAX` loads without a commit or an orderly stop, and
 its hash is denied: the model crashed the agent, or hung it until the watchdog came.
@@ -116,9 +116,14 @@ class Ended:
 
 @dataclass(frozen=True)
 class Loading:
-    """The candidate is about to be loaded into this process."""
+    """The candidate is about to be loaded into this process.
+
+    Attributes:
+        beside: another release answers, so there is something to compare with.
+    """
 
     sequence: int
+    beside: bool
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,10 @@ class ActiveBroken:
 
 @dataclass(frozen=True)
 class Stopping:
-    """The process ends in order."""
+    """The process ends in order; what it has loaded did not crash it."""
+
+    active: bool
+    candidate: bool
 
 
 Event: TypeAlias = (
@@ -253,7 +261,7 @@ def _in_progress(record: ModelRecord, order: ReportedOrder, assignment: Assignme
     if isinstance(event, Ended):
         return _end(record, event.state, event.why, now_us)
     if isinstance(event, Loading):
-        return _loading(record, order, assignment, now_us)
+        return _loading(record, order, assignment, event, now_us)
     if isinstance(event, Scored) and order.state in _LOADED:
         return _scored(record, order, assignment, event, now_us)
     return Step(record, False)
@@ -325,7 +333,7 @@ def _done(record: ModelRecord, order: ReportedOrder, event: Done, now_us: int) -
     return Step(record, False) if after is None else _enter(record, after, now_us)
 
 
-def _loading(record: ModelRecord, order: ReportedOrder, assignment: Assignment, now_us: int) -> Step:
+def _loading(record: ModelRecord, order: ReportedOrder, assignment: Assignment, event: Loading, now_us: int) -> Step:
     if order.state is not DeviceState.PROBED and order.state not in _LOADED:
         return Step(record, False)
     candidate = record.candidate
@@ -339,7 +347,7 @@ def _loading(record: ModelRecord, order: ReportedOrder, assignment: Assignment, 
     counted = replace(record, starts=record.starts + 1)
     if order.state in _LOADED:
         return Step(replace(counted, order=replace(order, windows=0, compared=0, disagreements=0)), True)
-    has_shadow = assignment.trial.shadow_windows > 0 and record.active is not None
+    has_shadow = assignment.trial.shadow_windows > 0 and event.beside
     return _enter(counted, DeviceState.SHADOW if has_shadow else DeviceState.TRIAL, now_us)
 
 
@@ -407,7 +415,11 @@ def _tick(record: ModelRecord, order: ReportedOrder, assignment: Assignment, eve
 
 def _active(record: ModelRecord, event: ActiveLoading | ActiveProven | ActiveBroken | Stopping, now_us: int) -> Step:
     if isinstance(event, Stopping):
-        made = replace(record, starts=max(0, record.starts - 1), active_starts=0)
+        made = replace(
+            record,
+            starts=max(0, record.starts - 1) if event.candidate else record.starts,
+            active_starts=0 if event.active else record.active_starts,
+        )
         return Step(made, made != record)
     if record.active is None:
         return Step(record, False)
@@ -416,7 +428,10 @@ def _active(record: ModelRecord, event: ActiveLoading | ActiveProven | ActiveBro
     if isinstance(event, ActiveLoading):
         if record.active_starts < ACTIVE_STARTS_MAX:
             return Step(replace(record, active_starts=record.active_starts + 1), True)
-        why = f"the agent ended {record.active_starts} times soon after it had loaded this model; release a mended version"
+        why = (
+            f"the agent ended {record.active_starts} times soon after it had loaded this model; "
+            "release a mended version"
+        )
         return _rolled_back(_denied(record, record.active.sha256, why), record.active, why, now_us)
     return _rolled_back(record, record.active, event.why, now_us)
 
