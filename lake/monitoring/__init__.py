@@ -1,0 +1,1 @@
+"""Watching models at work: drift against the training reference, performance, accuracy by late labels, triggers."""
