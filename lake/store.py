@@ -1,4 +1,4 @@
-"""The one place where bytes are kept: a folder (`file:///dir`) or a bucket (`s3://bucket/prefix`), behind eight
+"""The one place where bytes are kept: a folder (`file:///dir`) or a bucket (`s3://bucket/prefix`), behind a few
 methods.
 
 Every request is bounded: a store that hangs, refuses or answers nonsense gives `StoreUnavailableError` within
@@ -8,6 +8,8 @@ Every request is bounded: a store that hangs, refuses or answers nonsense gives 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -21,7 +23,7 @@ import msgspec
 import obstore
 import pyarrow as pa
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import LocalStore, S3Store
 
 from contract.errors import ConfigurationError
@@ -112,6 +114,14 @@ class ObjectInfo(NamedTuple):
     """Relative to the lake."""
     size: int
     """Bytes."""
+
+
+class Tagged(NamedTuple):
+    """An object as it was read."""
+
+    data: bytes
+    tag: str
+    """Changes whenever the object does."""
 
 
 class Store:
@@ -220,6 +230,57 @@ class Store:
         """
         with self._translated(f"read {path}"):
             return bytes(obstore.get(self._objects, path).bytes())
+
+    def get_range(self, path: str, start: int, length: int) -> bytes:
+        """Read a part of an object; shorter where the object ends.
+
+        Raises:
+            ObjectMissingError: there is none.
+            StoreUnavailableError: the store did not answer, or the object ends before `start`.
+        """
+        with self._translated(f"read {path}"):
+            return bytes(obstore.get_range(self._objects, path, start=start, length=length))
+
+    def size(self, path: str) -> int:
+        """Bytes of an object.
+
+        Raises:
+            ObjectMissingError: there is none.
+            StoreUnavailableError: the store did not answer.
+        """
+        with self._translated(f"look at {path}"):
+            return obstore.head(self._objects, path)["size"]
+
+    def get_tagged(self, path: str) -> Tagged:
+        """Read an object that is to be replaced by `replace`.
+
+        Raises:
+            ObjectMissingError: there is none.
+            StoreUnavailableError: the store did not answer.
+        """
+        with self._translated(f"read {path}"):
+            found = obstore.get(self._objects, path)
+            tag = found.meta["e_tag"] or ""
+            data = bytes(found.bytes())
+        return Tagged(data, _digest(data) if self.is_local else tag)
+
+    def replace(self, path: str, data: bytes, tag: str) -> bool:
+        """Write an object if the one that stands there is still that of `get_tagged`: of many callers, one writes.
+
+        Returns:
+            False where it is another one by now. After a retry that may be the caller's own.
+
+        Raises:
+            StoreUnavailableError: it is not known whether the object was written.
+        """
+        with self._translated(f"write {path}"):
+            if self._folder is not None:
+                return _replace_locally(self._folder / path, data, tag, self.settings.fsync)
+            try:
+                obstore.put(self._objects, path, data, mode={"e_tag": tag, "version": None}, use_multipart=False)
+            except PreconditionError:
+                return False
+        return True
 
     def objects(self, prefix: str) -> Iterator[ObjectInfo]:
         """All objects under a folder, at any depth, in no order.
@@ -395,6 +456,28 @@ def _write_durably(path: Path, data: bytes | pa.Buffer) -> None:
         raise
     for folder in {path.parent, *(folder.parent for folder in made)}:
         _fsync(folder)
+
+
+def _replace_locally(path: Path, data: bytes, tag: str, fsync: bool) -> bool:
+    """A folder has no conditional write: the lock on the object's folder makes one, among those who call this."""
+    handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if _digest(path.read_bytes()) != tag:
+            return False
+        if fsync:
+            _write_durably(path, data)
+        else:
+            draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+            draft.write_bytes(data)
+            draft.replace(path)
+    finally:
+        os.close(handle)
+    return True
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _fsync(path: Path) -> None:
