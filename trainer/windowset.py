@@ -145,5 +145,46 @@ class WindowSet(NamedTuple):
         )
 
 
+class WindowWriter:
+    """Writes `windows.npy` piece by piece, so that no more than a piece is in memory. Use it with `with`.
+
+    The header of an .npy file has room for a first dimension that grows (numpy.lib.format, since 1.23), so it is
+    written again, as long as it was, when the number of windows is known.
+    """
+
+    def __init__(self, folder: Path, rows: int, channels: int) -> None:
+        self._shape = (rows, channels)
+        self._file = (folder / WINDOWS_FILE).open("wb")
+        self.count = 0
+        self._header()
+
+    def __enter__(self) -> WindowWriter:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        try:
+            if kind is None:
+                self._file.seek(0)
+                self._header()
+        finally:
+            self._file.close()
+
+    def append(self, windows: Float32s) -> None:
+        """Add windows.
+
+        Args:
+            windows: `[M, W, C]`.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        self._file.write(np.ascontiguousarray(windows, "<f4").data)
+        self.count += len(windows)
+
+    def _header(self) -> None:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (self.count, *self._shape)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
 def _strings(column: pa.ChunkedArray) -> Strings:
     return np.array(column.to_pylist(), dtype=np.str_)
