@@ -19,6 +19,8 @@ from gateway.registry import SCHEMA as DEVICES_SCHEMA
 from gateway.settings import LakeSettings
 from lake.quarantine import QuarantineTable as LakeQuarantine
 from lake.raw import RawTable
+from lake.rollouts import PATH as ROLLOUTS_PATH
+from lake.rollouts import SCHEMA as ROLLOUTS_SCHEMA
 from lake.store import Store, StoreSettings
 from lake.tables import ControlTable
 
@@ -119,6 +121,10 @@ class LakeAccess:
     def open_devices(self) -> ControlTable:
         """A handle of `control/devices`; touches nothing yet."""
         return ControlTable(self.store, DEVICES_PATH, DEVICES_SCHEMA)
+
+    def open_rollouts(self) -> ControlTable:
+        """A handle of `control/rollouts`; touches nothing yet."""
+        return ControlTable(self.store, ROLLOUTS_PATH, ROLLOUTS_SCHEMA)
 
     def _renew(self) -> None:
         stamp = self._look()

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -27,8 +28,11 @@ from gateway.metrics import GatewayMetrics
 from gateway.mqtt import UNACKED_MAX, Link
 from gateway.quarantine import QuarantineQueue, QuarantineWriter
 from gateway.registry import FILTERS, Registry
+from gateway.rollouts.controller import RolloutController
+from gateway.rollouts.sealing import KeyFile
 from gateway.settings import GatewaySettings, LogSettings
 from gateway.watch import LakeHealth, Trouble, WatchedThread
+from lake.rollouts import RolloutTable
 
 _log = structlog.get_logger()
 
@@ -73,6 +77,19 @@ class Gateway:
             publish=self._publish,
             metrics=metrics,
             health=self._health,
+            changed=lambda device: self._rollouts.heard(device),
+        )
+        self._rollouts = RolloutController(
+            settings.rollouts,
+            shards=settings.shards,
+            gateway=name,
+            fleet=self._registry,
+            table=RolloutTable(Kept(access, access.open_rollouts), metrics.rollout_conflicts.inc),
+            sealer=KeyFile(Path(settings.models.online_key)) if settings.models.online_key else None,
+            publish=self._publish,
+            connected=lambda: self._control.connected,
+            metrics=metrics,
+            health=self._health,
         )
         self._quarantine = QuarantineWriter(
             QuarantineQueue(settings.quarantine_bytes_max),
@@ -112,7 +129,7 @@ class Gateway:
             replica,
             FILTERS,
             self._registry.receive,
-            self._registry.connected,
+            self._is_connected,
             metrics,
             rng,
         )
@@ -125,7 +142,7 @@ class Gateway:
             metrics,
         )
         quick = (self._ingress.thread, self._control.thread, self._engine.thread, self._acks.thread)
-        waiting = (self._quarantine.thread, self._registry.thread, *self._pool.threads)
+        waiting = (self._quarantine.thread, self._registry.thread, self._rollouts.thread, *self._pool.threads)
         self._patience_s = dict.fromkeys(quick, SILENT_MAX_S) | dict.fromkeys(waiting, settings.stuck_after_s)
         self._stopping = False
         self._watch()
@@ -133,6 +150,10 @@ class Gateway:
     def _publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> bool:
         # The parts call each other only after `start`, when all of them exist.
         return self._control.publish(topic, payload, qos=qos, retain=retain)
+
+    def _is_connected(self) -> None:
+        self._registry.connected()
+        self._rollouts.is_connected()
 
     @property
     def threads(self) -> Sequence[WatchedThread]:
@@ -206,6 +227,7 @@ class Gateway:
         self._quarantine.start()
         self._acks.start()
         self._registry.start()
+        self._rollouts.start()
         self._control.start()
         self._ingress.start()
 
@@ -243,6 +265,7 @@ class Gateway:
             ("batches", lambda: self._engine.drain(self._settings.drain_timeout_s)),
             ("workers", lambda: self._pool.close(1.0)),
             ("quarantine", lambda: self._quarantine.close(left_s() / 2)),
+            ("rollouts", lambda: self._rollouts.close(left_s() / 2)),
             ("registry", lambda: self._registry.close(left_s() / 2)),
             ("acknowledgements", lambda: self._acks.close(left_s() / 2)),
             ("control", lambda: self._control.close(left_s())),

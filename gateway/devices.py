@@ -19,7 +19,7 @@ FIRST_SEEN, ONLINE, OFFLINE, DESIRED = "first_seen", "online", "offline", "desir
 REPORTED_BYTES_MAX = 64 * 1024 * 1024
 """Reported documents in memory, as JSON; beyond, those that were reported longest ago are forgotten."""
 REPORTED_MODELS_MAX = 400_000
-"""Models as last reported, of all devices together, about 1 kB each; beyond, those reported longest ago are forgotten."""
+"""Models as last reported, of all devices together, about 1 kB each; beyond, the oldest reports are forgotten."""
 TAGS_MAX = 32
 """Tags remembered of one device."""
 

@@ -5,7 +5,7 @@ Every bound stands beside what it bounds: `…_max` is the limit, the same name 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -80,7 +80,14 @@ class GatewayMetrics:
         self.registry_rows = counter("registry_rows_total", "Rows written to control/devices", "event")
         self.registry_dropped = counter("registry_dropped_total", "Changes not written, because the queue was full")
         self.documents_refused = counter("documents_refused_total", "Presence or reported documents refused", "kind")
+
+        # Rollouts.
+        self.assignments = counter("assignments_total", "Documents with orders to a device handed to the broker")
+        self.rollout_conflicts = counter("rollout_conflicts_total", "Steps decided again because others were first")
+        self.rollout_actions = counter("rollout_actions_total", "What people asked of rollouts", "action", "outcome")
+
         self.http_requests = counter("http_requests_total", "HTTP requests", "route", "status")
+        self._labelled: dict[str, Gauge] = {}
         ProcessCollector(namespace=_PREFIX.rstrip("_"), registry=registry)
 
     def watch(self, name: str, help_text: str, figure: Callable[[], float], limit: float | None = None) -> None:
@@ -97,6 +104,19 @@ class GatewayMetrics:
             Gauge(f"{_PREFIX}{name}_max", f"Limit: {help_text[0].lower()}{help_text[1:]}", registry=self.registry).set(
                 limit
             )
+
+    def watch_labelled(self, name: str, help_text: str, labels: Mapping[str, str], figure: Callable[[], float]) -> None:
+        """Expose one of several figures of a name that labels tell apart, that somebody else keeps.
+
+        Args:
+            name: without prefix.
+            help_text: for people.
+            labels: the same names each time.
+            figure: read at each exposition, from the exposing thread.
+        """
+        if name not in self._labelled:
+            self._labelled[name] = Gauge(_PREFIX + name, help_text, list(labels), registry=self.registry)
+        self._labelled[name].labels(**labels).set_function(figure)
 
     def exposition(self) -> bytes:
         """All of it in Prometheus' text format."""

@@ -113,6 +113,33 @@ class RegistrySettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=
         check_range("queued_rows_max", self.queued_rows_max, 1, 1_000_000)
 
 
+class ModelsSettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Releases and orders to devices."""
+
+    online_key: str = ""
+    """File: the key that signs orders (TUF role `timestamp`), PEM. Empty: this gateway signs and drives nothing."""
+
+
+class RolloutSettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The rollout controller."""
+
+    interval_s: float = 3.0
+    """How often control/rollouts is read, and the devices are judged."""
+    settle_s: float = 10.0
+    """After a connection to the broker nothing is decided for so long: what devices had reported has yet to arrive."""
+    republish_s: float = 30.0
+    """A device that is online and has not read its order is told again after so long."""
+    sweep_s: float = 60.0
+    """How often all devices are looked at, whether they have news or not."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        check_range("interval_s", self.interval_s, 0.1, 600)
+        check_range("settle_s", self.settle_s, 0, 600)
+        check_range("republish_s", self.republish_s, 0.1, 86_400)
+        check_range("sweep_s", self.sweep_s, 0.1, 3600)
+
+
 class LogSettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Logs, on stderr."""
 
@@ -169,6 +196,8 @@ class GatewaySettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=T
     limits: LimitSettings = msgspec.field(default_factory=LimitSettings)
     http: HttpSettings = msgspec.field(default_factory=HttpSettings)
     registry: RegistrySettings = msgspec.field(default_factory=RegistrySettings)
+    models: ModelsSettings = msgspec.field(default_factory=ModelsSettings)
+    rollouts: RolloutSettings = msgspec.field(default_factory=RolloutSettings)
     log: LogSettings = msgspec.field(default_factory=LogSettings)
 
     def __post_init__(self) -> None:
@@ -237,7 +266,8 @@ def parse_settings(raw: Mapping[str, Any], *, source: str, folder: Path) -> Gate
         settings.broker, **{key: absolute(folder, getattr(settings.broker, key)) for key in files}
     )
     lake = msgspec.structs.replace(settings.lake, credentials_file=absolute(folder, settings.lake.credentials_file))
-    return msgspec.structs.replace(settings, broker=broker, lake=lake)
+    models = msgspec.structs.replace(settings.models, online_key=absolute(folder, settings.models.online_key))
+    return msgspec.structs.replace(settings, broker=broker, lake=lake, models=models)
 
 
 def _replica(text: str) -> tuple[int, int]:

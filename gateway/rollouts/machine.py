@@ -1,4 +1,4 @@
-"""What happens next in a rollout. Pure: the rollout as its rows say, the devices as they report, the time.
+"""What happens next in a rollout. Pure: the rollout as its rows say, what its devices report, the time.
 
 `decide` takes one step at most: the events of one commit. Whoever runs it, however often, on however many gateways:
 the events are appended with check-and-set, so of several that decide the same, one is heard. Left alone, a rollout
@@ -25,12 +25,23 @@ _ROUNDING = 1e-9
 """0.55 * 100 is a little more than 55."""
 
 
-def decide(rollout: Rollout, devices: Iterable[DeviceView], now_us: int, who: str) -> list[RolloutEvent]:
+def survey(rollout: Rollout, devices: Iterable[DeviceView], now_us: int) -> Tally:
+    """Count how the devices are with a rollout.
+
+    Args:
+        rollout: as of its latest row.
+        devices: every device that is known, each as it last reported.
+        now_us: wall clock, microseconds since 1970-01-01 UTC.
+    """
+    return tally(rollout, devices, excusing=bool(rollout.stages) and _waited(rollout, now_us))
+
+
+def decide(rollout: Rollout, found: Tally, now_us: int, who: str) -> list[RolloutEvent]:
     """The next step, if it is time for one.
 
     Args:
         rollout: as of its latest row.
-        devices: every device that is known; each as it last reported.
+        found: its devices, as of now (`survey`).
         now_us: wall clock, microseconds since 1970-01-01 UTC.
         who: the gateway, for the rows.
 
@@ -41,7 +52,7 @@ def decide(rollout: Rollout, devices: Iterable[DeviceView], now_us: int, who: st
         return []
     if rollout.passed == len(rollout.stages):
         return [_begin_next(rollout, now_us, who)]
-    return _judge(rollout, tally(rollout, devices, excusing=_waited(rollout, now_us)), now_us, who)
+    return _judge(rollout, found, now_us, who)
 
 
 def hindrance(rollout: Rollout, found: Tally) -> str | None:
