@@ -271,6 +271,11 @@ def target_path(model: str, version: int) -> str:
     return f"{model}/{version}.json"
 
 
+def manifest_object(model: str, version: int, sha256: str) -> str:
+    """Where a release's manifest is, relative to the folder `models/`: as TUF's consistent snapshots have it."""
+    return f"targets/{model}/{sha256}.{version}.json"
+
+
 def artifact_path(sha256: str) -> str:
     """Where an artifact is, relative to the folder `models/` of the lake, or to the URL that serves it."""
     return f"artifacts/{sha256}"
