@@ -32,6 +32,7 @@ from lake.trust.files import (
     METADATA,
     TIMESTAMP_PATH,
     VERSIONS_MAX,
+    NotInitialisedError,
     free_number,
     metadata_path,
     read_roots,
@@ -150,6 +151,20 @@ class TrustRepository:
         """
         state = read_state(self._store, self._anchor)
         return Published(state.root, state.targets.signed, state.snapshot.signed, state.timestamp.signed)
+
+    def is_signed(self, path: str) -> bool:
+        """Whether a target is among the newest signed ones; also no where there is no repository."""
+        try:
+            return path in self.published().targets.targets
+        except NotInitialisedError:
+            return False
+
+    def is_behind(self) -> bool:
+        """Whether what was signed waits for a gateway to publish it."""
+        try:
+            return self.published().behind
+        except NotInitialisedError:
+            return False
 
     def put_target(self, path: str, data: bytes) -> TargetFile:
         """Write a target's bytes where clients look for them. It is not approved by that.

@@ -1,0 +1,117 @@
+"""Approving and retiring releases: the signature first, then the row that records it.
+
+The signature is what devices believe. Where a process dies between the two, doing it again finds the signature there
+and adds the row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import msgspec
+from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
+
+from contract.errors import ConfigurationError
+from contract.models import Manifest, check_manifest, target_path
+from lake.errors import CorruptLakeError, ObjectMissingError
+from lake.releases import Release, ReleaseEventKind, ReleaseRefused, Releases, ReleaseState, require_state
+from lake.trust.repository import TrustRepository
+
+
+class Approver(NamedTuple):
+    """Who decides, and with which keys."""
+
+    trust: TrustRepository
+    targets: CryptoSigner | None
+    """None where only what needs no signature is asked for."""
+    online: CryptoSigner | None
+    """None where a gateway publishes."""
+    who: str
+
+
+class Decision(NamedTuple):
+    """What came of it."""
+
+    release: Release
+    published: bool
+    """False where a gateway with the online key has yet to publish it."""
+
+
+def approve(releases: Releases, model: str, version: int, approver: Approver, why: str) -> Decision:
+    """Sign a release into the targets that devices believe, after a look at everything that it names.
+
+    Raises:
+        ReleaseRefused: there is no such release, it is retired, or what it names is missing or wrong.
+        ConfigurationError: the key is not that of the targets.
+        StoreUnavailableError: the store did not answer; call again.
+    """
+    release = releases.look().get(model, version)
+    if release.state is not ReleaseState.APPROVED:
+        require_state(release, ReleaseEventKind.APPROVED)
+    _check(releases, release)
+    data = release.manifest_json.encode()
+    path = target_path(model, version)
+    approver.trust.put_target(path, data)
+    keys = _keys(approver, "approving")
+    approver.trust.sign_targets(keys, add={path: data})
+    try:
+        release = releases.record(ReleaseEventKind.APPROVED, model, version, who=approver.who, why=why)
+    except ReleaseRefused:
+        # Somebody retired it meanwhile, and may have taken it out before it was put in.
+        approver.trust.sign_targets(keys, remove=[path])
+        _published(approver)
+        raise
+    return Decision(release, _published(approver))
+
+
+def retire(releases: Releases, model: str, version: int, approver: Approver, why: str) -> Decision:
+    """Take a release out of the targets, so that no device begins it any more. A draft needs no key.
+
+    Devices that run it go on until a rollout replaces it.
+
+    Raises:
+        ReleaseRefused: there is no such release.
+        ConfigurationError: the key is not that of the targets.
+        StoreUnavailableError: the store did not answer; call again.
+    """
+    release = releases.look().get(model, version)
+    path = target_path(model, version)
+    if approver.trust.is_signed(path):
+        approver.trust.sign_targets(_keys(approver, "retiring"), remove=[path])
+    release = releases.record(ReleaseEventKind.RETIRED, model, version, who=approver.who, why=why)
+    return Decision(release, _published(approver))
+
+
+def _keys(approver: Approver, what: str) -> list[CryptoSigner]:
+    if approver.targets is None:
+        raise ConfigurationError(
+            f"{what} a release needs the targets key, and targets.pem is not in the key folder; name the folder "
+            "that has it with --keys"
+        )
+    return [approver.targets]
+
+
+def _published(approver: Approver) -> bool:
+    if approver.online is not None:
+        approver.trust.publish([approver.online])
+        return True
+    return not approver.trust.is_behind()
+
+
+def _check(releases: Releases, release: Release) -> None:
+    """Everything a device would refuse is refused before it is signed."""
+    data = release.manifest_json.encode()
+    try:
+        if hashlib.sha256(data).hexdigest() != release.manifest_sha256:
+            raise CorruptLakeError(f"the manifest of {release.name} in control/releases is not that of its hash")
+        manifest = msgspec.json.decode(data, type=Manifest)
+        check_manifest(manifest)
+        if (manifest.model, manifest.version) != (release.model, release.version):
+            raise CorruptLakeError(f"its manifest is one of {manifest.model}@{manifest.version}")
+        for artifact in release.artifacts:
+            releases.artifact(artifact)
+    except (ConfigurationError, CorruptLakeError, ObjectMissingError, msgspec.MsgspecError) as error:
+        raise ReleaseRefused(
+            f"release {release.name} cannot be approved: {error}; retire it, and train and release once more"
+        ) from error
