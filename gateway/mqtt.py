@@ -175,7 +175,7 @@ class Link:
                 "publish_refused",
                 role=self.role,
                 reason=str(reason),
-                remedy="allow this gateway to publish hw/v1/ack/+, hw/v1/rewind/+ and hw/v1/desired/+",
+                remedy="allow this gateway to publish hw/v1/ack/+, hw/v1/rewind/+, hw/v1/desired/+, hw/v1/assign/+",
             )
 
     def stumbled(self, error: Exception) -> None:
