@@ -50,6 +50,8 @@ class Kind(StrEnum):
     BUFFER_RESTORED = "buffer_restored"
     """The lake knew more of an epoch than the buffer: fresh batches moved to a new epoch."""
     EPOCH_OPENED = "epoch_opened"
+    EPOCH_CLOSED = "epoch_closed"
+    """A closed epoch is over, and its last batches, up to `last_seq`, were given up. The lake's `gaps` reads it."""
     EVICTED = "evicted"
     DROPPED = "dropped"
     """Rows lost before the buffer accepted them."""

@@ -93,6 +93,10 @@ class Recorder:
         self._batchers = {name: Batcher(settings, clock.read) for name, settings in streams.items()}
         self._unstored: deque[NewBatch] = deque()
         self._unstored_bytes = 0
+        self._telling: set[tuple[str, str]] = set()
+        """Hollow epochs of which an event was reported in this run."""
+        self._told: list[tuple[str, str]] = []
+        """Those of them whose event is in a batch on its way into the buffer."""
         self._known = {(lane.stream, lane.epoch) for lane in buffer.lanes()}
         self._backoff = Backoff(RETRY_S, RETRY_S_MAX, rng)
         self._retry_at_s = self._maintain_at_s = 0.0
@@ -186,6 +190,11 @@ class Recorder:
         if events:
             body = encode_body(to_batch(events))
             self._hold(NewBatch(EVENTS_STREAM, body, len(events), self._clock.read()))
+            self._told += [
+                (event.stream, event.epoch)
+                for event in events
+                if event.kind is Kind.EPOCH_CLOSED and event.stream and event.epoch
+            ]
 
     def _hold(self, batch: NewBatch) -> None:
         self._unstored.append(batch)
@@ -246,6 +255,8 @@ class Recorder:
             if (batch.stream, outcome.epoch) not in self._known:
                 self._known.add((batch.stream, outcome.epoch))
                 new_lane = True
+        if self._told and not any(batch.stream == EVENTS_STREAM for batch in self._unstored):
+            self._forget_told()
         self._stored(new_lane)
 
     def _evicted(self, evictions: Sequence[Eviction]) -> None:
@@ -269,6 +280,9 @@ class Recorder:
         self.dropped_rows[batch.stream] += batch.rows
         self._metrics.dropped_rows.labels(batch.stream).inc(batch.rows)
         self._report(Event(Kind.DROPPED, batch.stream, rows=batch.rows, detail={"cause": "buffer_unavailable"}))
+        if batch.stream == EVENTS_STREAM:
+            self._telling.difference_update(self._told)
+            self._told = []
 
     def _maintain(self) -> None:
         try:
@@ -279,6 +293,7 @@ class Recorder:
         lanes = self._buffer.lanes()
         self._known &= {(lane.stream, lane.epoch) for lane in lanes}
         held_bytes, held_batches = Counter(dict.fromkeys(self.queues, 0)), Counter(dict.fromkeys(self.queues, 0))
+        self._tell_hollow()
         for lane in lanes:
             held_bytes[lane.stream] += lane.body_bytes
             held_batches[lane.stream] += lane.batches
@@ -287,6 +302,22 @@ class Recorder:
             self._metrics.buffer_batches.labels(stream).set(held_batches[stream])
         for name, queue in self.queues.items():
             self._metrics.queued_rows.labels(name).set(queue.rows)
+
+    def _tell_hollow(self) -> None:
+        """An epoch that ends in a hole is remembered by the buffer until the event that says so is stored."""
+        for epoch in self._buffer.hollow():
+            if (epoch.stream, epoch.epoch) not in self._telling:
+                self._telling.add((epoch.stream, epoch.epoch))
+                self._report(Event(Kind.EPOCH_CLOSED, epoch.stream, epoch.epoch, last_seq=epoch.last_seq))
+
+    def _forget_told(self) -> None:
+        for stream, epoch in self._told:
+            try:
+                self._buffer.forget(stream, epoch)
+            except BufferUnavailableError as error:
+                # The next run of the agent tells it again; the lake counts it once.
+                _log.debug("buffer_forgetting_deferred", epoch=epoch, error=str(error))
+        self._told = []
 
     # The end.
 

@@ -23,12 +23,13 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from contract.names import EVENTS_STREAM
 from lake import columns
 from lake.catalog import At, Catalog, TableState, table_of
 from lake.duck import QuerySettings, connect, identifier
 from lake.errors import QueryError, StoreUnavailableError, UnknownStreamError
 from lake.gaps import NAME as GAPS
-from lake.gaps import gaps_query
+from lake.gaps import gaps_query, tells_closings
 from lake.quarantine import PATH as QUARANTINE_PATH
 from lake.quarantine import SCHEMA as QUARANTINE_SCHEMA
 from lake.question import Question, one_line, read_question
@@ -244,7 +245,12 @@ class Lake:
         states = {name: self._catalog.state(table_path(name), at) for name in self._catalog.streams()}
         sources = {name: scan(state.uri, state.version) for name, state in states.items() if state is not None}
         quarantine = self._catalog.state(QUARANTINE_PATH, at)
-        return gaps_query(sources, None if quarantine is None else scan(quarantine.uri, quarantine.version))
+        events = states.get(EVENTS_STREAM)
+        return gaps_query(
+            sources,
+            None if quarantine is None else scan(quarantine.uri, quarantine.version),
+            sources[EVENTS_STREAM] if events is not None and tells_closings(events.schema) else None,
+        )
 
     def _unknown(self, name: str) -> UnknownStreamError:
         known = self._catalog.streams()

@@ -61,6 +61,16 @@ class Lane:
         """Whether the lane exists for the outside; a drained one only waits for its deletion."""
         return self.live or self.batches > 0
 
+    @property
+    def emptied(self) -> bool:
+        """Whether nothing is in it and nothing will be."""
+        return not self.live and not self.batches and not self.dead_batches
+
+    @property
+    def hollow(self) -> bool:
+        """Whether it is emptied and its last batches were never acknowledged: see `BatchBuffer.hollow`."""
+        return self.emptied and self.acked < self.last_seq
+
     def key(self, seq: int) -> int:
         """The key of a batch."""
         return self.base + seq
@@ -208,7 +218,9 @@ class Ledger:
         if moves and move_after_seq is not None:
             lane.last_seq = max(0, move_after_seq)
         lane.live, lane.saved_seq = False, lane.last_seq
-        self._execute("UPDATE lanes SET live = 0, last_seq = ? WHERE lane = ?", (lane.last_seq, lane.lane))
+        self._execute(
+            "UPDATE lanes SET live = 0, last_seq = ?, acked = ? WHERE lane = ?", (lane.last_seq, lane.acked, lane.lane)
+        )
         count(lane, self._query)
         new = self.begin(lane.stream, lane.key(lane.last_seq), last_seq - lane.last_seq) if moves else None
         self._sweep(lane)
@@ -251,6 +263,11 @@ class Ledger:
                 # The rest may take a while; a restart in between shall not bring it back.
                 self._execute("UPDATE lanes SET acked = ? WHERE lane = ?", (lane.acked, lane.lane))
         self._sweep(lane)
+
+    def forget(self, lane: Lane) -> None:
+        """Forget a lane, whatever was lost of it."""
+        self._execute("DELETE FROM lanes WHERE lane = ?", (lane.lane,))
+        self.lanes.pop(lane.lane, None)
 
     def own(self, fingerprint: str) -> None:
         """Write down whose board the file belongs to."""
@@ -374,10 +391,9 @@ class Ledger:
         self._bytes[lane.stream] += body_bytes
 
     def _sweep(self, lane: Lane) -> None:
-        """Forget a lane that takes no new batches and has none left."""
-        if not lane.live and not lane.batches and not lane.dead_batches:
-            self._execute("DELETE FROM lanes WHERE lane = ?", (lane.lane,))
-            self.lanes.pop(lane.lane, None)
+        """Forget a lane that takes no new batches, has none left, and whose end is in the lake."""
+        if lane.emptied and not lane.hollow:
+            self.forget(lane)
 
     def _query(self, sql: str, parameters: Sequence[Any]) -> list[Any]:
         return self._connection.execute(sql, parameters).fetchall()

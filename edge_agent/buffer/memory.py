@@ -15,6 +15,7 @@ from edge_agent.buffer.eviction import DEFAULT_CAPS, EvictionLog, Rules
 from edge_agent.buffer.port import (
     Appended,
     Eviction,
+    Hollow,
     LaneInfo,
     NewBatch,
     Opened,
@@ -46,6 +47,7 @@ class _Lane:
     live: bool = True
     last_seq: int = 0
     last_seq_at_open: int = 0
+    acked: int = 0
     held: dict[int, _Held] = field(default_factory=dict)
     """By seq, rising."""
     acknowledged: dict[int, _Held] = field(default_factory=dict)
@@ -145,6 +147,8 @@ class MemoryBuffer:
             if lane is None:
                 return 0
             done = [held for number, held in lane.held.items() if number <= seq]
+            if done:
+                lane.acked = min(seq, lane.last_seq)
             for held in done:
                 self._shelf.drop(held.stored)
                 if self._remembered_acks_max:
@@ -170,7 +174,7 @@ class MemoryBuffer:
     def lanes(self) -> Sequence[LaneInfo]:
         """See `BatchBuffer.lanes`."""
         with self._lock:
-            shown = [_info(lane) for lane in self._lanes.values()]
+            shown = [_info(lane) for lane in self._lanes.values() if lane.live or lane.held]
         return sorted(shown, key=lambda info: not info.live)
 
     def maintain(self) -> None:
@@ -184,6 +188,22 @@ class MemoryBuffer:
         """See `BatchBuffer.take_evictions`."""
         with self._lock:
             return self._evictions.take()
+
+    def hollow(self) -> Sequence[Hollow]:
+        """See `BatchBuffer.hollow`."""
+        with self._lock:
+            return [
+                Hollow(lane.stream, lane.epoch, lane.last_seq)
+                for lane in self._lanes.values()
+                if not lane.live and not lane.held
+            ]
+
+    def forget(self, stream: str, epoch: str) -> None:
+        """See `BatchBuffer.forget`."""
+        with self._lock:
+            lane = self._lanes.get((stream, epoch))
+            if lane is not None and not lane.live and not lane.held:
+                del self._lanes[stream, epoch]
 
     def close(self) -> None:
         """Nothing to close."""
@@ -227,8 +247,9 @@ class MemoryBuffer:
         old.acknowledged = {seq: held for seq, held in old.acknowledged.items() if seq <= after_seq}
 
     def _forget_drained(self) -> None:
-        for key in [key for key, lane in self._lanes.items() if not lane.live and not lane.held]:
-            del self._lanes[key]
+        for key, lane in list(self._lanes.items()):
+            if not lane.live and not lane.held and lane.acked >= lane.last_seq:
+                del self._lanes[key]
 
 
 class _Shelf:

@@ -116,6 +116,15 @@ class LaneInfo(NamedTuple):
     """Device clock at the closing of the batch at `floor`, microseconds since 1970-01-01 UTC."""
 
 
+class Hollow(NamedTuple):
+    """A closed epoch whose last batches were given up: no later batch will show in the lake that they are missing."""
+
+    stream: str
+    epoch: str
+    last_seq: int
+    """Highest seq ever assigned in it."""
+
+
 class OpenedKind(StrEnum):
     """What was found where the buffer was opened."""
 
@@ -182,7 +191,9 @@ class BatchBuffer(Protocol):
         ...
 
     def acknowledge(self, stream: str, epoch: str, seq: int) -> int:
-        """Delete all held batches up to `seq`; forget a drained epoch that is not live. Returns the batches deleted.
+        """Delete all held batches up to `seq`; forget an epoch that is not live when its last seq is acknowledged.
+
+        Returns the batches deleted.
 
         The deletion may reach the disk later than this returns. A batch that comes back after a power loss is sent
         again, and dropped by the gateway.
@@ -213,6 +224,14 @@ class BatchBuffer(Protocol):
 
     def take_evictions(self) -> Sequence[Eviction]:
         """Evictions that were not yet handed over through `append`: by age, or corruption."""
+        ...
+
+    def hollow(self) -> Sequence[Hollow]:
+        """Closed epochs that end in a hole. They are remembered, over restarts too, until `forget`."""
+        ...
+
+    def forget(self, stream: str, epoch: str) -> None:
+        """Forget a hollow epoch: it is durably told elsewhere how far it went. No effect on any other."""
         ...
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ from edge_agent.buffer.port import (
     Appended,
     BufferUnavailableError,
     Eviction,
+    Hollow,
     LaneInfo,
     NewBatch,
     Opened,
@@ -205,6 +206,20 @@ class SqliteBuffer:
         """See `BatchBuffer.take_evictions`."""
         with self._lock:
             return self._evictions.take()
+
+    def hollow(self) -> Sequence[Hollow]:
+        """See `BatchBuffer.hollow`."""
+        return [Hollow(lane.stream, lane.epoch, lane.last_seq) for lane in self._lanes.values() if lane.hollow]
+
+    def forget(self, stream: str, epoch: str) -> None:
+        """See `BatchBuffer.forget`."""
+
+        def work(ledger: Ledger) -> None:
+            for lane in list(ledger.lanes.values()):
+                if (lane.stream, lane.epoch) == (stream, epoch) and lane.hollow:
+                    ledger.forget(lane)
+
+        self._write(work)
 
     def close(self) -> None:
         """See `BatchBuffer.close`."""

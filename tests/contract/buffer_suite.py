@@ -3,7 +3,8 @@
 Mutants tried in the memory buffer and in the rules, each made a test here fail: an acknowledgement beyond the last
 seq kept as watermark; a seq given again after an acknowledgement; drop_newest without using up the seq; thinning
 without the last row; thinning from the newest; the new batch left out of the shares; age taken from an unsynchronised
-clock; epochs drained and never forgotten; moved batches numbered without their holes.
+clock; epochs drained and never forgotten; a hollow epoch forgotten like a drained one; moved batches numbered without
+their holes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contract.batches import Clock, Envelope, check_batch
 from contract.codec import checksum, decode_body, encode_body
 from contract.limits import DEFAULT_LIMITS
 from contract.names import is_epoch
-from edge_agent.buffer.port import BatchBuffer, Eviction, LaneInfo, NewBatch, OpenedKind, StreamCaps, WhenFull
+from edge_agent.buffer.port import BatchBuffer, Eviction, Hollow, LaneInfo, NewBatch, OpenedKind, StreamCaps, WhenFull
 
 BOOT = "ab" * 16
 ROOMY = StreamCaps(bytes_max=1 << 30, age_max_s=1e9)
@@ -329,6 +330,47 @@ class BufferSuite:
 
     def test_a_stream_without_caps_of_its_own_is_kept_too(self, buffer: BatchBuffer, now: Hands) -> None:
         assert buffer.append("unheard-of", b"body", 1, now()).stored
+
+    # The end of a closed epoch
+
+    def test_an_epoch_that_ends_in_a_hole_is_remembered_until_it_is_told(self, now: Hands) -> None:
+        caps = StreamCaps(bytes_max=20, age_max_s=60)
+        buffer = self.make({"a": caps}, PLENTY, now)
+        old = [buffer.append("a", b"0123456789", 1, now()).epoch for _ in range(2)].pop()
+        assert buffer.hollow() == []
+        buffer.acknowledge("a", old, 1)
+        new = buffer.open_epoch("a")
+        assert buffer.hollow() == []
+        now.pass_s(61)
+        buffer.maintain()
+        assert held(buffer, "a", old) == []
+        assert buffer.hollow() == [Hollow("a", old, 2)]
+        assert [info.epoch for info in buffer.lanes()] == [new]
+        buffer.forget("a", new)
+        assert buffer.append("a", b"0123456789", 1, now())[:2] == (new, 1)
+        buffer.forget("a", old)
+        assert buffer.hollow() == []
+
+    def test_an_epoch_whose_end_was_refused_is_hollow_once_the_rest_is_drained(self, now: Hands) -> None:
+        caps = StreamCaps(bytes_max=20, age_max_s=1e9, when_full=WhenFull.DROP_NEWEST)
+        buffer = self.make({"a": caps}, PLENTY, now)
+        old = [buffer.append("a", b"0123456789", 1, now()).epoch for _ in range(4)].pop()
+        buffer.open_epoch("a")
+        buffer.acknowledge("a", old, 1)
+        assert buffer.hollow() == []
+        buffer.acknowledge("a", old, 2)
+        for _ in range(3):
+            now.pass_s(10)
+            buffer.maintain()
+        assert buffer.hollow() == [Hollow("a", old, 4)]
+
+    def test_an_epoch_that_is_drained_to_its_end_is_not_hollow(self, buffer: BatchBuffer, now: Hands) -> None:
+        old = [buffer.append("a", b"0123456789", 1, now()).epoch for _ in range(3)].pop()
+        buffer.open_epoch("a")
+        buffer.acknowledge("a", old, 3)
+        now.pass_s(10)
+        buffer.maintain()
+        assert buffer.hollow() == []
 
     # Thin
 

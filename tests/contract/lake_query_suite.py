@@ -198,6 +198,30 @@ class QuerySuite:
         assert lake.head("s", 3).num_rows == 3
         assert lake.streams().column("rows").to_pylist() == [7]
 
+    def test_the_end_of_an_epoch_that_was_given_up_is_a_gap_when_its_device_says_so(
+        self, store: Store, lake: Lake
+    ) -> None:
+        """No later number of the epoch will show it."""
+        bring_in(store, "s", raw(A, 1), raw(A, 2), raw(B, 1), raw(B, 3))
+        told = [("s", EPOCH, 5), ("s", OTHER_EPOCH, 4), ("never-seen", EPOCH, 2), ("s", EPOCH, 5), ("s", None, None)]
+        texts = {
+            "kind": pa.array(["epoch_closed"] * len(told)),
+            "stream": pa.array([stream for stream, _, _ in told]),
+            "epoch": pa.array([epoch for _, epoch, _ in told], pa.string()),
+        }
+        closings = rows(len(told), **texts, last_seq=pa.array([seq for _, _, seq in told], pa.int64()))
+        other = rows(1, kind=pa.array(["evicted"]), stream=pa.array(["s"]), epoch=pa.array([EPOCH]),
+                     last_seq=pa.array([99], pa.int64()))  # fmt: skip
+        whole = rows(1, kind=pa.array(["epoch_closed"]), stream=pa.array(["s"]), epoch=pa.array([EPOCH]),
+                     last_seq=pa.array([3], pa.int64()))  # fmt: skip
+        bring_in(store, "headwater.events", raw(A, 1, closings), raw(A, 2, other), raw(B, 1, whole))
+        assert answer(lake, "FROM gaps ORDER BY ALL") == [
+            ("never-seen", A, EPOCH, "missing", 1, 2, 2, None),
+            ("s", A, EPOCH, "missing", 3, 5, 3, None),
+            ("s", A, OTHER_EPOCH, "missing", 1, 4, 4, None),
+            ("s", B, EPOCH, "missing", 2, 2, 1, None),
+        ]
+
     def test_gaps_are_what_is_missing_less_what_is_in_quarantine(self, store: Store, lake: Lake) -> None:
         assert answer(lake, "FROM gaps") == []
         bring_in(store, "s", raw(A, 3), raw(A, 4), raw(A, 9), raw(B, 1), raw(B, 2))

@@ -15,7 +15,7 @@ import pytest
 
 from contract.errors import ConfigurationError
 from edge_agent.buffer import files
-from edge_agent.buffer.port import Eviction, NewBatch, OpenedKind
+from edge_agent.buffer.port import Eviction, Hollow, NewBatch, OpenedKind
 from edge_agent.buffer.sqlite import SqliteBuffer
 from tests.contract.buffer_suite import PLENTY, ROOMY, Hands, held, lane_of
 from tests.integration.buffer_disk import memory_folder
@@ -325,6 +325,26 @@ def test_numbers_are_remembered_over_a_restart_when_no_batch_is_left(path: Path)
     assert held(again, "a", epoch) == []
     assert again.append("a", b"next", 1, Hands()())[:2] == (epoch, 6)
     again.close()
+
+
+def test_an_epoch_that_ends_in_a_hole_is_remembered_over_a_restart(path: Path) -> None:
+    epoch = filled(path, 2)
+    with sqlite3.connect(path) as file:
+        file.execute("UPDATE batches SET crc32 = 1 WHERE rows = 2")
+    file.close()
+    buffer = buffer_at(path)
+    buffer.acknowledge("a", epoch, 1)
+    buffer.open_epoch("a")
+    assert buffer.fetch("a", epoch, 2) is None
+    assert buffer.hollow() == [Hollow("a", epoch, 2)]
+    buffer.close()
+    again = buffer_at(path)
+    assert again.hollow() == [Hollow("a", epoch, 2)]
+    again.forget("a", epoch)
+    again.close()
+    last = buffer_at(path)
+    assert last.hollow() == []
+    last.close()
 
 
 def test_an_epoch_whose_numbers_are_used_up_is_followed_by_another(path: Path) -> None:

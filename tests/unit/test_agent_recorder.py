@@ -18,7 +18,7 @@ from contract.names import EVENTS_STREAM
 from edge_agent import recorder as recorder_module
 from edge_agent.batcher import BatchSettings
 from edge_agent.buffer.memory import MemoryBuffer
-from edge_agent.buffer.port import Appended, BufferUnavailableError, NewBatch, StreamCaps
+from edge_agent.buffer.port import Appended, BufferUnavailableError, Hollow, NewBatch, StreamCaps
 from edge_agent.events import Event, EventLog, Kind
 from edge_agent.metrics import AgentMetrics
 from edge_agent.recorder import UNSTORED_BATCHES_MAX, Recorder
@@ -128,6 +128,25 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
     yield make
     for one in made:
         one.finish()
+
+
+def test_an_epoch_that_ends_in_a_hole_is_told_durably_before_it_is_forgotten(bench: Callable[..., Bench]) -> None:
+    """Mutant tried: forgotten when the event is reported."""
+    disk = Disk(bytes_max=20)
+    clock = SystemClock().read()
+    old = disk.append("s", b"one", 1, clock).epoch
+    assert not disk.append("s", b"more than this stream may have", 1, clock).stored
+    disk.open_epoch("s")
+    disk.acknowledge("s", old, 1)
+    assert disk.hollow() == [Hollow("s", old, 2)]
+    disk.refuses = True
+    one = bench(disk)
+    wait_until(lambda: one.recorder.unavailable, "the disk refuses the event")
+    assert disk.hollow() == [Hollow("s", old, 2)]
+    disk.refuses = False
+    wait_until(lambda: not disk.hollow(), "forgotten")
+    told = [event for event in one.told() if event["kind"] == "epoch_closed"]
+    assert [(event["stream"], event["epoch"], event["last_seq"]) for event in told] == [("s", old, 2)]
 
 
 def test_batches_are_closed_by_rows_and_by_age_and_stored_in_order(bench: Callable[..., Bench]) -> None:
