@@ -141,7 +141,7 @@ class Engine:
         self._queue: deque[_Feed] = deque()
         self._requests: deque[_Request] = deque()
         self._work = threading.Event()
-        self._stopping = False
+        self._stopping = threading.Event()
         self._watchdog: Watchdog | None = None
         self._noticed_s: dict[str, float] = {}
         self.schemas: dict[str, pa.Schema] = {}
@@ -219,7 +219,7 @@ class Engine:
             BusyError: the worker did not get to it in time.
         """
         request = _Request(self.answering()[model], windows)
-        if len(self._requests) >= REQUESTS_MAX or self._stopping:
+        if len(self._requests) >= REQUESTS_MAX or self._stopping.is_set():
             raise BusyError(f"{len(self._requests)} requests wait for the models of this device; ask again later")
         self._requests.append(request)
         self._work.set()
@@ -231,7 +231,7 @@ class Engine:
 
     def stop(self) -> None:
         """End the worker after the window at hand."""
-        self._stopping = True
+        self._stopping.set()
         self._work.set()
 
     # The worker's thread.
@@ -240,11 +240,11 @@ class Engine:
         """Score windows until stopped."""
         self._watchdog = Watchdog(self._clock_s)
         try:
-            while not self._stopping:
+            while not self._stopping.is_set():
                 self._work.wait(IDLE_S)
                 self._work.clear()
                 self.progress_s = self._clock_s()
-                while not self._stopping and self._round():
+                while not self._stopping.is_set() and self._round():
                     self.progress_s = self._clock_s()
         finally:
             self._watchdog.close()

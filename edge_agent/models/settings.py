@@ -40,6 +40,8 @@ class ModelsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     retry_base_s: float = 2.0
     retry_max_s: float = 300.0
     """Ceiling of the wait between attempts to fetch; each is drawn evenly from 0 to the present ceiling."""
+    probe_timeout_s: float = 60.0
+    """For trying a model in its child process; beyond it, the model hangs."""
     predictions_bytes_max: int = 64 * _MIB
     """Of the buffer, for the predictions of one model."""
     endpoint: EndpointSettings = msgspec.field(default_factory=EndpointSettings)
@@ -58,6 +60,7 @@ class ModelsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         check_range("read_timeout_s", self.read_timeout_s, 0.1, 600)
         check_range("retry_base_s", self.retry_base_s, 0.01, 600)
         check_range("retry_max_s", self.retry_max_s, self.retry_base_s, 86_400)
+        check_range("probe_timeout_s", self.probe_timeout_s, 1, 3600)
         check_range("predictions_bytes_max", self.predictions_bytes_max, 64 * 1024, 2**50)
 
 

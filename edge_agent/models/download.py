@@ -1,0 +1,191 @@
+"""One file over HTTP, into a file that grows: goes on where the last attempt ended, hashes as it goes, stops when told.
+
+Ranges: RFC 9110, section 14. What is downloaded is named by its hash, so a wrong byte can only cost time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from contract.errors import HeadwaterError, TemporaryError
+from contract.models import Artifact
+
+CHUNK_BYTES = 64 * 1024
+REDIRECTS_MAX = 3
+_OK, _PARTIAL, _RANGE_WRONG = 200, 206, 416
+
+
+class Cancel(threading.Event):
+    """An event that also ends what cannot wait for an event."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._hook: Callable[[], object] | None = None
+        self._hook_lock = threading.Lock()
+
+    def on_set(self, hook: Callable[[], object] | None) -> None:
+        """Call this when set; at once where it is set already. None: nothing any more."""
+        with self._hook_lock:
+            self._hook = hook
+            if hook is None or not self.is_set():
+                return
+        hook()
+
+    def set(self) -> None:
+        """Set it, and call the hook."""
+        super().set()
+        with self._hook_lock:
+            hook = self._hook
+        if hook is not None:
+            hook()
+
+
+class DownloadError(TemporaryError):
+    """It did not come, or not whole. Try again later; what came is kept."""
+
+
+class WrongContentError(HeadwaterError):
+    """All of it came at once, and it is not what the manifest names."""
+
+
+class Timeouts(NamedTuple):
+    """Seconds."""
+
+    connect_s: float
+    read_s: float
+    """Longest silence."""
+
+
+def download(url: str, artifact: Artifact, partial: Path, timeouts: Timeouts, cancel: Cancel) -> None:
+    """Complete a half download; when this returned, the file has the artifact's size and hash, but may not be durable.
+
+    Args:
+        url: of the artifact.
+        artifact: what it should be.
+        partial: where it is collected; what is there already is not asked for again.
+        timeouts: of the connection.
+        cancel: ends it at once.
+
+    Raises:
+        DownloadError: not now, or cancelled.
+        WrongContentError: the server has something else under this name; nothing was kept.
+        OSError: the disk refuses.
+    """
+    digest, have = _hash_of(partial, artifact.size)
+    began_at = have
+    if have < artifact.size:
+        have = _fetch(url, artifact, partial, digest, have, timeouts, cancel)
+    if digest.hexdigest() == artifact.sha256 and have == artifact.size:
+        _tag_file(partial).unlink(missing_ok=True)
+        return
+    partial.unlink(missing_ok=True)
+    _tag_file(partial).unlink(missing_ok=True)
+    if began_at:
+        raise DownloadError(f"{url}: what was kept of an earlier attempt does not fit the rest; it begins anew")
+    raise WrongContentError(
+        f"{url} gave {artifact.size} bytes with another hash than {artifact.sha256}; publish the release again"
+    )
+
+
+def _fetch(
+    url: str, artifact: Artifact, partial: Path, digest: Any, have: int, timeouts: Timeouts, cancel: Cancel
+) -> int:
+    """Ask for the rest and append it; how many bytes there are then. `digest` has all of them."""
+    import urllib3  # several MB, and only wanted while something is downloaded
+
+    headers = {"Accept-Encoding": "identity"}
+    tag = _tag_file(partial)
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            headers["If-Range"] = tag.read_text("ascii")
+    pool = urllib3.PoolManager(
+        timeout=urllib3.Timeout(connect=timeouts.connect_s, read=timeouts.read_s),
+        retries=urllib3.Retry(total=REDIRECTS_MAX, connect=0, read=0, redirect=REDIRECTS_MAX, status=0, other=0),
+    )
+    try:
+        response = pool.request("GET", url, headers=headers, preload_content=False, decode_content=False)
+        try:
+            cancel.on_set(lambda: _shut(response))
+            have = _begin(response, url, artifact, partial, digest, have)
+            return _receive(response, url, artifact, partial, digest, have, cancel)
+        finally:
+            cancel.on_set(None)
+            response.close()
+    except urllib3.exceptions.HTTPError as error:
+        raise DownloadError(f"{url}: {str(error)[:200]}; is the address right, and the server up?") from error
+    finally:
+        pool.clear()
+
+
+def _begin(response: Any, url: str, artifact: Artifact, partial: Path, digest: Any, have: int) -> int:
+    """Judge the answer's head; how many of the bytes that are there count."""
+    if response.status == _PARTIAL:
+        if response.headers.get("Content-Range", "") != f"bytes {have}-{artifact.size - 1}/{artifact.size}":
+            partial.unlink(missing_ok=True)
+            shown = response.headers.get("Content-Range")
+            raise DownloadError(f"{url}: asked for {have}- of {artifact.size} bytes, got {shown!r}; it begins anew")
+        return have
+    if response.status == _RANGE_WRONG:
+        partial.unlink(missing_ok=True)
+        raise DownloadError(f"{url}: the server has less than {have} bytes; it begins anew")
+    if response.status != _OK:
+        raise DownloadError(f"{url}: HTTP {response.status}; publish the release there, or correct [models] url")
+    length = response.headers.get("Content-Length", "")
+    if length and length != str(artifact.size):
+        # Not final: it may be the page of a captive portal, or a proxy's.
+        raise DownloadError(f"{url}: {length} bytes, not {artifact.size}; is there a portal or proxy in between?")
+    # A whole file, asked for or not: what was there does not count any more.
+    digest.__init__()
+    partial.unlink(missing_ok=True)
+    if etag := response.headers.get("ETag", ""):
+        if etag.startswith('"') and etag.isascii() and len(etag) <= 200:
+            _tag_file(partial).write_text(etag, "ascii")
+    return 0
+
+
+def _receive(response: Any, url: str, artifact: Artifact, partial: Path, digest: Any, have: int, cancel: Cancel) -> int:
+    with partial.open("ab") as file:
+        for chunk in response.stream(CHUNK_BYTES):
+            if cancel.is_set():
+                break
+            if have + len(chunk) > artifact.size:
+                raise DownloadError(f"{url}: more than {artifact.size} bytes; is there a portal or proxy in between?")
+            file.write(chunk)
+            digest.update(chunk)
+            have += len(chunk)
+    if have < artifact.size:
+        why = "it was not wanted any more" if cancel.is_set() else "the connection ended; the rest follows"
+        raise DownloadError(f"{url}: {have} of {artifact.size} bytes: {why}")
+    return have
+
+
+def _hash_of(partial: Path, size: int) -> tuple[Any, int]:
+    """Digest and size of what is there; of nothing, when it is more than it can be."""
+    digest, have = hashlib.sha256(), 0
+    try:
+        with partial.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                have += len(chunk)
+    except FileNotFoundError:
+        pass
+    if have > size:
+        partial.unlink(missing_ok=True)
+        return hashlib.sha256(), 0
+    return digest, have
+
+
+def _tag_file(partial: Path) -> Path:
+    """Keeps the ETag of the file that a half download is of."""
+    return partial.with_name(partial.name + ".etag")
+
+
+def _shut(response: Any) -> None:
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        response.shutdown()
