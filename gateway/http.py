@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import ipaddress
-import threading
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
@@ -25,6 +24,7 @@ from contract.messages import DesiredStream, Watermark
 from gateway.devices import Device
 from gateway.engine import StreamView
 from gateway.metrics import GatewayMetrics
+from gateway.offload import in_thread
 from gateway.registry import Refused, Registry
 from gateway.settings import HttpSettings
 from gateway.watch import Trouble
@@ -40,6 +40,7 @@ READ_TIMEOUT_S = 10.0
 PAGE_MAX, PAGE_DEFAULT = 10_000, 1_000
 REPORTS = "committed and being published; see the device's reported for its revision, or refused"
 AWAITED = "committed; this gateway has no report of the device, and only the device can judge it: it waits there"
+INFERENCE_PREFIX = "/v2"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -63,7 +64,6 @@ class _DesiredBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 _encode = msgspec.json.Encoder().encode
 _decode_desired = msgspec.json.Decoder(_DesiredBody).decode
 
-Result = TypeVar("Result")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -84,10 +84,17 @@ class HttpApi:
         settings: where to listen.
         views: what to show.
         metrics: exposed, and counts requests.
+        more: routes of others.
     """
 
-    def __init__(self, settings: HttpSettings, views: Views, metrics: GatewayMetrics) -> None:
-        self._settings, self._views, self._metrics = settings, views, metrics
+    def __init__(
+        self,
+        settings: HttpSettings,
+        views: Views,
+        metrics: GatewayMetrics,
+        more: Sequence[web.AbstractRouteDef] = (),
+    ) -> None:
+        self._settings, self._views, self._metrics, self._more = settings, views, metrics, more
         self._running = 0
         self._ordering = 0
         self._runner: web.AppRunner | None = None
@@ -104,6 +111,8 @@ class HttpApi:
                 web.get("/v1/devices", self._devices),
                 web.get("/v1/devices/{device}", self._device),
                 web.put("/v1/devices/{device}/desired", self._set_desired),
+                *self._routes,
+                *self._more,
             ]
         )
         return app
@@ -142,11 +151,17 @@ class HttpApi:
         route = resource.canonical if resource is not None else "other"
         response: web.StreamResponse
         if not self._settings.allow_remote_http and not _addressed_to_loopback(request):
-            response = error(
-                403, "wrong_host", f"this API is not known as {request.host[:80]!r}", "ask 127.0.0.1 or localhost"
+            response = _refusal(
+                request,
+                403,
+                "wrong_host",
+                f"this API is not known as {request.host[:80]!r}",
+                "ask 127.0.0.1 or localhost",
             )
         elif self._running >= REQUESTS_MAX:
-            response = error(503, "busy", f"{REQUESTS_MAX} requests are being answered", "try again in a moment")
+            response = _refusal(
+                request, 503, "busy", f"{REQUESTS_MAX} requests are being answered", "try again in a moment"
+            )
         else:
             self._running += 1
             try:
@@ -154,13 +169,19 @@ class HttpApi:
             except web.HTTPException as known:
                 response = _translated(known, request)
             except TimeoutError:
-                response = error(
-                    408, "timeout", f"the request's body did not come within {READ_TIMEOUT_S:g} s", "send it again"
+                response = _refusal(
+                    request,
+                    408,
+                    "timeout",
+                    f"the request's body did not come within {READ_TIMEOUT_S:g} s",
+                    "send it again",
                 )
             except Exception as fault:  # noqa: BLE001 - a bug that one request finds must not look like a dead gateway
                 self._metrics.faults.labels("http").inc()
                 _log.error("http_fault", route=route, exc_info=fault)
-                response = error(500, "internal_fault", f"unexpected {type(fault).__name__}", "look into the log")
+                response = _refusal(
+                    request, 500, "internal_fault", f"unexpected {type(fault).__name__}", "look into the log"
+                )
             finally:
                 self._running -= 1
         self._metrics.http_requests.labels(route, str(response.status)).inc()
@@ -226,8 +247,9 @@ class HttpApi:
             )
         self._ordering += 1
         try:
-            desired = await _in_thread(
-                functools.partial(self._views.registry.set_desired, name, wanted.streams, wanted.replaces)
+            desired = await in_thread(
+                functools.partial(self._views.registry.set_desired, name, wanted.streams, wanted.replaces),
+                "http-order",
             )
         except Refused as refusal:
             status = 409 if refusal.code == "conflict" else 422
@@ -248,49 +270,29 @@ class HttpApi:
         return answer(content, 202)
 
 
-async def _in_thread(work: Callable[[], Result]) -> Result:
-    """Run what waits for the lake in a daemon thread: the process can end while it hangs."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Result] = loop.create_future()
-
-    def settle(found: Result | None, failure: Exception | None) -> None:
-        if done.done():
-            return
-        if failure is not None:
-            done.set_exception(failure)
-        else:
-            done.set_result(cast("Result", found))
-
-    def run() -> None:
-        found: Result | None = None
-        failure: Exception | None = None
-        try:
-            found = work()
-        except Exception as caught:  # noqa: BLE001 - handed to who waits
-            failure = caught
-        try:
-            loop.call_soon_threadsafe(settle, found, failure)
-        except RuntimeError:
-            pass  # the loop is closed: the process ends, and nobody waits any more
-
-    threading.Thread(target=run, name="http-order", daemon=True).start()
-    return await done
-
-
 def _condition(troubles: Sequence[Trouble], good: str, bad: str) -> web.Response:
     reasons = [{"code": trouble.code, "message": trouble.message} for trouble in troubles]
     return answer({"status": bad if reasons else good, "reasons": reasons}, 503 if reasons else 200)
 
 
+def _refusal(request: web.Request, status: int, code: str, message: str, remedy: str) -> web.Response:
+    """An error, in the words of the API that was asked: the inference protocol has its own."""
+    if request.path == INFERENCE_PREFIX or request.path.startswith(f"{INFERENCE_PREFIX}/"):
+        return answer({"error": f"{message}; {remedy}"}, status)
+    return error(status, code, message, remedy)
+
+
 def _translated(known: web.HTTPException, request: web.Request) -> web.Response:
     where = f"{request.method} {request.path[:120]}"
     if known.status == 404:
-        return error(404, "no_such_path", where, "see docs/gateway.md for what there is")
+        return _refusal(request, 404, "no_such_path", where, "see docs/gateway.md for what there is")
     if known.status == 405:
-        return error(405, "no_such_method", where, "see docs/gateway.md for what there is")
+        return _refusal(request, 405, "no_such_method", where, "see docs/gateway.md for what there is")
     if known.status == 413:
-        return error(413, "too_large", f"the body has more than {CONTROL_BYTES_MAX} bytes", "send a smaller one")
-    return error(known.status, "refused", f"{where}: {known.reason}", "correct the request")
+        return _refusal(
+            request, 413, "too_large", f"the body has more than {CONTROL_BYTES_MAX} bytes", "send a smaller one"
+        )
+    return _refusal(request, known.status, "refused", f"{where}: {known.reason}", "correct the request")
 
 
 def _addressed_to_loopback(request: web.Request) -> bool:
