@@ -12,9 +12,10 @@ MODULES = {
     "edge": ("paho", "prometheus_client", "psutil"),
     "gateway": ("aiohttp", "deltalake", "duckdb", "numpy", "obstore", "paho", "prometheus_client"),
     "simulators": ("iotcore", "mqtt5"),
+    "trainer": ("matplotlib", "onnx", "optuna", "river", "sklearn", "skl2onnx"),
 }
 """Extra → top-level modules that it brings. An extra is complete when all can be found."""
-INCLUDES = {"simulators": ("edge", "gateway")}
+INCLUDES = {"simulators": ("edge", "gateway"), "trainer": ("gateway",)}
 
 
 class ExtraMissing(ConfigurationError):
@@ -57,6 +58,6 @@ def imports(extra: str, what: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
-        if name in ("contract", "edge_agent", "gateway", "headwater", "lake", "simulators"):
+        if name in ("contract", "edge_agent", "gateway", "headwater", "lake", "simulators", "trainer"):
             raise
         raise ExtraMissing(f"{what} needs the module {error.name!r}; run: pip install 'headwater[{extra}]'") from error

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from contract.errors import TemporaryError
+from trainer.errors import DiskFullError
 
 
 def draft_folder(path: Path) -> None:
@@ -81,5 +87,30 @@ def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Be the only process that works in a folder, which is made where it is not there. Ends with the process.
+
+    Raises:
+        TemporaryError: another one does.
+        DiskFullError: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise DiskFullError(f"{folder} cannot be made ({error}); choose another --work") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TemporaryError(
+                f"another training works in {folder}; wait until it ends, or choose another --work"
+            ) from error
+        yield
     finally:
         os.close(handle)

@@ -59,6 +59,8 @@ class StepContext:
     """The file as it is, for the manifest."""
     code: str = ""
     """Revision of the source, or the version that is installed."""
+    keys: Path | None = None
+    """Folder with the offline keys, where the release may be approved at once."""
     into: Path = Path()
     """Where the step that runs writes its files."""
     pins: Mapping[str, int] = field(default_factory=dict)

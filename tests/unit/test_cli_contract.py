@@ -21,7 +21,7 @@ from headwater.reference import reference
 
 ROOT = Path(__file__).parents[2]
 
-# As the issue that founded the project lists them.
+# As the issues that founded its parts list them.
 CONTRACT = {
     "up": "--data --devices --recordings --speed --broker --lake --port --for --json",
     "demo": "--data --seconds --devices --recordings --speed --broker --lake --port --json",
@@ -37,6 +37,13 @@ CONTRACT = {
     ),
     "simulate swarm": "--devices --rate --seconds --broker --json",
     "doctor": "--json",
+    "train dataset": "RECIPE --lake --work --json",
+    "train checks": "RECIPE --lake --work --json",
+    "train search": "RECIPE --lake --work --json",
+    "train evaluate": "RECIPE --lake --work --json",
+    "train export": "RECIPE --lake --work --json",
+    "train release": "RECIPE --lake --work --json",
+    "train run": "RECIPE --lake --work --keys --json",
 }
 
 
@@ -191,7 +198,7 @@ def test_a_module_that_breaks_half_way_names_its_extra_and_a_bug_of_ours_does_no
 
 def test_extras_are_those_of_the_project() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    names = {"paho": "paho-mqtt"}
+    names = {"paho": "paho-mqtt", "sklearn": "scikit-learn"}
     for extra, modules in extras.MODULES.items():
         text = " ".join(declared[extra])
         missing = [module for module in modules if names.get(module, module.replace("_", "-")) not in text]
