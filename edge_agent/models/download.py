@@ -17,6 +17,7 @@ from contract.models import Artifact
 
 CHUNK_BYTES = 64 * 1024
 REDIRECTS_MAX = 3
+ETAG_CHARS_MAX = 200
 _OK, _PARTIAL, _RANGE_WRONG = 200, 206, 416
 
 
@@ -76,15 +77,14 @@ def download(url: str, artifact: Artifact, partial: Path, timeouts: Timeouts, ca
         WrongContentError: the server has something else under this name; nothing was kept.
         OSError: the disk refuses.
     """
-    digest, have = _hash_of(partial, artifact.size)
-    began_at = have
-    if have < artifact.size:
-        have = _fetch(url, artifact, partial, digest, have, timeouts, cancel)
-    if digest.hexdigest() == artifact.sha256 and have == artifact.size:
-        _tag_file(partial).unlink(missing_ok=True)
+    collected = _Collected(partial, artifact.size)
+    began_at = collected.size
+    if collected.size < artifact.size:
+        _fetch(url, artifact, collected, timeouts, cancel)
+    if collected.digest.hexdigest() == artifact.sha256:
+        collected.tag.unlink(missing_ok=True)
         return
-    partial.unlink(missing_ok=True)
-    _tag_file(partial).unlink(missing_ok=True)
+    collected.drop()
     if began_at:
         raise DownloadError(f"{url}: what was kept of an earlier attempt does not fit the rest; it begins anew")
     raise WrongContentError(
@@ -92,18 +92,41 @@ def download(url: str, artifact: Artifact, partial: Path, timeouts: Timeouts, ca
     )
 
 
-def _fetch(
-    url: str, artifact: Artifact, partial: Path, digest: Any, have: int, timeouts: Timeouts, cancel: Cancel
-) -> int:
-    """Ask for the rest and append it; how many bytes there are then. `digest` has all of them."""
+class _Collected:
+    """What is there of a file, and its hash."""
+
+    def __init__(self, path: Path, size_max: int) -> None:
+        self.path, self.digest, self.size = path, hashlib.sha256(), 0
+        self.tag = path.with_name(path.name + ".etag")
+        """Keeps the ETag of the file that a half download is of."""
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    self.add(chunk)
+        except FileNotFoundError:
+            pass
+        if self.size > size_max:
+            self.drop()
+
+    def add(self, chunk: bytes) -> None:
+        self.digest.update(chunk)
+        self.size += len(chunk)
+
+    def drop(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.tag.unlink(missing_ok=True)
+        self.digest, self.size = hashlib.sha256(), 0
+
+
+def _fetch(url: str, artifact: Artifact, collected: _Collected, timeouts: Timeouts, cancel: Cancel) -> None:
+    """Ask for the rest, and append it."""
     import urllib3  # several MB, and only wanted while something is downloaded
 
     headers = {"Accept-Encoding": "identity"}
-    tag = _tag_file(partial)
-    if have:
-        headers["Range"] = f"bytes={have}-"
+    if collected.size:
+        headers["Range"] = f"bytes={collected.size}-"
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            headers["If-Range"] = tag.read_text("ascii")
+            headers["If-Range"] = collected.tag.read_text("ascii")
     pool = urllib3.PoolManager(
         timeout=urllib3.Timeout(connect=timeouts.connect_s, read=timeouts.read_s),
         retries=urllib3.Retry(total=REDIRECTS_MAX, connect=0, read=0, redirect=REDIRECTS_MAX, status=0, other=0),
@@ -112,8 +135,8 @@ def _fetch(
         response = pool.request("GET", url, headers=headers, preload_content=False, decode_content=False)
         try:
             cancel.on_set(lambda: _shut(response))
-            have = _begin(response, url, artifact, partial, digest, have)
-            return _receive(response, url, artifact, partial, digest, have, cancel)
+            _begin(response, url, artifact, collected)
+            _receive(response, url, artifact, collected, cancel)
         finally:
             cancel.on_set(None)
             response.close()
@@ -123,67 +146,42 @@ def _fetch(
         pool.clear()
 
 
-def _begin(response: Any, url: str, artifact: Artifact, partial: Path, digest: Any, have: int) -> int:
-    """Judge the answer's head; how many of the bytes that are there count."""
+def _begin(response: Any, url: str, artifact: Artifact, collected: _Collected) -> None:
+    """Judge the answer's head; what is there already and does not count is dropped."""
+    have = collected.size
     if response.status == _PARTIAL:
         if response.headers.get("Content-Range", "") != f"bytes {have}-{artifact.size - 1}/{artifact.size}":
-            partial.unlink(missing_ok=True)
+            collected.drop()
             shown = response.headers.get("Content-Range")
             raise DownloadError(f"{url}: asked for {have}- of {artifact.size} bytes, got {shown!r}; it begins anew")
-        return have
+        return
     if response.status == _RANGE_WRONG:
-        partial.unlink(missing_ok=True)
-        raise DownloadError(f"{url}: the server has less than {have} bytes; it begins anew")
+        collected.drop()
+        raise DownloadError(f"{url}: the server has no more than {have} bytes; it begins anew")
     if response.status != _OK:
         raise DownloadError(f"{url}: HTTP {response.status}; publish the release there, or correct [models] url")
     length = response.headers.get("Content-Length", "")
     if length and length != str(artifact.size):
         # Not final: it may be the page of a captive portal, or a proxy's.
         raise DownloadError(f"{url}: {length} bytes, not {artifact.size}; is there a portal or proxy in between?")
-    # A whole file, asked for or not: what was there does not count any more.
-    digest.__init__()
-    partial.unlink(missing_ok=True)
-    if etag := response.headers.get("ETag", ""):
-        if etag.startswith('"') and etag.isascii() and len(etag) <= 200:
-            _tag_file(partial).write_text(etag, "ascii")
-    return 0
+    collected.drop()
+    etag = response.headers.get("ETag", "")
+    if etag.startswith('"') and etag.isascii() and len(etag) <= ETAG_CHARS_MAX:
+        collected.tag.write_text(etag, "ascii")
 
 
-def _receive(response: Any, url: str, artifact: Artifact, partial: Path, digest: Any, have: int, cancel: Cancel) -> int:
-    with partial.open("ab") as file:
+def _receive(response: Any, url: str, artifact: Artifact, collected: _Collected, cancel: Cancel) -> None:
+    with collected.path.open("ab") as file:
         for chunk in response.stream(CHUNK_BYTES):
             if cancel.is_set():
                 break
-            if have + len(chunk) > artifact.size:
+            if collected.size + len(chunk) > artifact.size:
                 raise DownloadError(f"{url}: more than {artifact.size} bytes; is there a portal or proxy in between?")
             file.write(chunk)
-            digest.update(chunk)
-            have += len(chunk)
-    if have < artifact.size:
+            collected.add(chunk)
+    if collected.size < artifact.size:
         why = "it was not wanted any more" if cancel.is_set() else "the connection ended; the rest follows"
-        raise DownloadError(f"{url}: {have} of {artifact.size} bytes: {why}")
-    return have
-
-
-def _hash_of(partial: Path, size: int) -> tuple[Any, int]:
-    """Digest and size of what is there; of nothing, when it is more than it can be."""
-    digest, have = hashlib.sha256(), 0
-    try:
-        with partial.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-                have += len(chunk)
-    except FileNotFoundError:
-        pass
-    if have > size:
-        partial.unlink(missing_ok=True)
-        return hashlib.sha256(), 0
-    return digest, have
-
-
-def _tag_file(partial: Path) -> Path:
-    """Keeps the ETag of the file that a half download is of."""
-    return partial.with_name(partial.name + ".etag")
+        raise DownloadError(f"{url}: {collected.size} of {artifact.size} bytes: {why}")
 
 
 def _shut(response: Any) -> None:
