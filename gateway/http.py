@@ -111,7 +111,6 @@ class HttpApi:
                 web.get("/v1/devices", self._devices),
                 web.get("/v1/devices/{device}", self._device),
                 web.put("/v1/devices/{device}/desired", self._set_desired),
-                *self._routes,
                 *self._more,
             ]
         )
