@@ -19,6 +19,7 @@ from gateway.registry import SCHEMA as DEVICES_SCHEMA
 from gateway.settings import LakeSettings
 from lake.quarantine import QuarantineTable as LakeQuarantine
 from lake.raw import RawTable
+from lake.releases import Releases
 from lake.rollouts import PATH as ROLLOUTS_PATH
 from lake.rollouts import SCHEMA as ROLLOUTS_SCHEMA
 from lake.store import Store, StoreSettings
@@ -125,6 +126,10 @@ class LakeAccess:
     def open_rollouts(self) -> ControlTable:
         """A handle of `control/rollouts`; touches nothing yet."""
         return ControlTable(self.store, ROLLOUTS_PATH, ROLLOUTS_SCHEMA)
+
+    def open_releases(self) -> Releases:
+        """A handle of the register of releases; touches nothing yet."""
+        return Releases(self.store)
 
     def _renew(self) -> None:
         stamp = self._look()

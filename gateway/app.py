@@ -23,8 +23,10 @@ from gateway.budget import OVERHEAD_BYTES, MemoryBudget
 from gateway.engine import Engine, EngineSettings
 from gateway.flush import Flusher, FlushPool
 from gateway.http import HttpApi, Views
+from gateway.inference import Inference
 from gateway.ingress import Ingress
 from gateway.metrics import GatewayMetrics
+from gateway.models import ModelCache
 from gateway.mqtt import UNACKED_MAX, Link
 from gateway.quarantine import QuarantineQueue, QuarantineWriter
 from gateway.registry import FILTERS, Registry
@@ -136,10 +138,17 @@ class Gateway:
         self._ingress = Link(
             settings.broker, "ingress", replica, settings.up_filters, ingress.receive, lambda: None, metrics, rng
         )
+        models = ModelCache(
+            Kept(access, access.open_releases),
+            settings.inference.models_max,
+            settings.inference.models_bytes_max,
+            metrics,
+        )
         self._http = HttpApi(
             settings.http,
             Views(self.sick, self.unready, self._engine.views, self._acks.watermarks, self._registry),
             metrics,
+            Inference(settings.inference, models, metrics).routes(),
         )
         quick = (self._ingress.thread, self._control.thread, self._engine.thread, self._acks.thread)
         waiting = (self._quarantine.thread, self._registry.thread, self._rollouts.thread, *self._pool.threads)

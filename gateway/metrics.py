@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 _LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0, 86_400.0)
 _COMMIT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_INFERENCE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _PREFIX = "headwater_gateway_"
 
 
@@ -88,6 +89,14 @@ class GatewayMetrics:
 
         self.http_requests = counter("http_requests_total", "HTTP requests", "route", "status")
         self._labelled: dict[str, Gauge] = {}
+
+        # Prediction over HTTP.
+        self.inference_windows = counter("inference_windows_total", "Windows scored over HTTP", "model", "version")
+        self.inference_loads = counter("inference_loads_total", "Models loaded to score with")
+        self.inference_evictions = counter("inference_evictions_total", "Models given up for others")
+        self.inference_seconds = histogram(
+            "inference_seconds", "One inference request, from its head to its answer", _INFERENCE_BUCKETS_S
+        )
         ProcessCollector(namespace=_PREFIX.rstrip("_"), registry=registry)
 
     def watch(self, name: str, help_text: str, figure: Callable[[], float], limit: float | None = None) -> None:

@@ -16,6 +16,7 @@ import msgspec
 from contract import topics
 from contract.broker import BrokerAccess
 from contract.limits import SHARDS, Limits
+from contract.models import WINDOW_CELLS_MAX
 from contract.settings import absolute, check_range, convert, read_toml
 
 _MIB = 1024 * 1024
@@ -140,6 +141,37 @@ class RolloutSettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=T
         check_range("sweep_s", self.sweep_s, 0.1, 3600)
 
 
+class InferenceSettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Prediction over HTTP (`/v2`): what it may take of a process whose work is committing batches."""
+
+    workers: int = 2
+    """Threads that read, load and score; each run of a model takes one core."""
+    requests_max: int = 8
+    """Requests at work or waiting for a thread; more are told 503. Each may hold its body, twice while it is read."""
+    timeout_s: float = 10.0
+    """A request that takes longer is answered 504, and its model ended."""
+    body_bytes_max: int = 16 * _MIB
+    cells_max: int = WINDOW_CELLS_MAX
+    """Values of one request, and of its answer."""
+    batch_max: int = 4_096
+    """Windows of one request."""
+    models_max: int = 8
+    """Models in memory; beyond, the one used longest ago is given up."""
+    models_bytes_max: int = 256 * _MIB
+    """Of their ONNX files; in memory a model takes two to four times as much."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        check_range("workers", self.workers, 1, 64)
+        check_range("requests_max", self.requests_max, 1, 64)
+        check_range("timeout_s", self.timeout_s, 0.1, 600)
+        check_range("body_bytes_max", self.body_bytes_max, 1_024, 2**30)
+        check_range("cells_max", self.cells_max, 1, 2**28)
+        check_range("batch_max", self.batch_max, 1, 2**20)
+        check_range("models_max", self.models_max, 1, 10_000)
+        check_range("models_bytes_max", self.models_bytes_max, _MIB, 2**40)
+
+
 class LogSettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Logs, on stderr."""
 
@@ -198,6 +230,7 @@ class GatewaySettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=T
     registry: RegistrySettings = msgspec.field(default_factory=RegistrySettings)
     models: ModelsSettings = msgspec.field(default_factory=ModelsSettings)
     rollouts: RolloutSettings = msgspec.field(default_factory=RolloutSettings)
+    inference: InferenceSettings = msgspec.field(default_factory=InferenceSettings)
     log: LogSettings = msgspec.field(default_factory=LogSettings)
 
     def __post_init__(self) -> None:
