@@ -27,9 +27,11 @@ from gateway.inference import Inference
 from gateway.ingress import Ingress
 from gateway.metrics import GatewayMetrics
 from gateway.models import ModelCache
+from gateway.models_http import ModelFiles
 from gateway.mqtt import UNACKED_MAX, Link
 from gateway.quarantine import QuarantineQueue, QuarantineWriter
 from gateway.registry import FILTERS, Registry
+from gateway.resigning import Resigner
 from gateway.rollouts.controller import RolloutController
 from gateway.rollouts.sealing import KeyFile
 from gateway.settings import GatewaySettings, LogSettings
@@ -138,6 +140,7 @@ class Gateway:
         self._ingress = Link(
             settings.broker, "ingress", replica, settings.up_filters, ingress.receive, lambda: None, metrics, rng
         )
+        self._resigner = Resigner(settings.models, lambda: access.store, metrics)
         models = ModelCache(
             Kept(access, access.open_releases),
             settings.inference.models_max,
@@ -148,10 +151,19 @@ class Gateway:
             settings.http,
             Views(self.sick, self.unready, self._engine.views, self._acks.watermarks, self._registry),
             metrics,
-            Inference(settings.inference, models, metrics).routes(),
+            [
+                *Inference(settings.inference, models, metrics).routes(),
+                *ModelFiles(lambda: access.store, metrics).routes(),
+            ],
         )
         quick = (self._ingress.thread, self._control.thread, self._engine.thread, self._acks.thread)
-        waiting = (self._quarantine.thread, self._registry.thread, self._rollouts.thread, *self._pool.threads)
+        waiting = (
+            self._quarantine.thread,
+            self._registry.thread,
+            self._rollouts.thread,
+            self._resigner.thread,
+            *self._pool.threads,
+        )
         self._patience_s = dict.fromkeys(quick, SILENT_MAX_S) | dict.fromkeys(waiting, settings.stuck_after_s)
         self._stopping = False
         self._watch()
@@ -237,6 +249,7 @@ class Gateway:
         self._acks.start()
         self._registry.start()
         self._rollouts.start()
+        self._resigner.start()
         self._control.start()
         self._ingress.start()
 
@@ -275,6 +288,7 @@ class Gateway:
             ("workers", lambda: self._pool.close(1.0)),
             ("quarantine", lambda: self._quarantine.close(left_s() / 2)),
             ("rollouts", lambda: self._rollouts.close(left_s() / 2)),
+            ("resigning", lambda: self._resigner.close(left_s() / 2)),
             ("registry", lambda: self._registry.close(left_s() / 2)),
             ("acknowledgements", lambda: self._acks.close(left_s() / 2)),
             ("control", lambda: self._control.close(left_s())),

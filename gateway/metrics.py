@@ -90,6 +90,10 @@ class GatewayMetrics:
         self.http_requests = counter("http_requests_total", "HTTP requests", "route", "status")
         self._labelled: dict[str, Gauge] = {}
 
+        # Releases.
+        self.trust_publications = counter("trust_publications_total", "Times that this gateway signed the timestamp")
+        self.model_bytes = counter("model_bytes_total", "Bytes of releases served")
+
         # Prediction over HTTP.
         self.inference_windows = counter("inference_windows_total", "Windows scored over HTTP", "model", "version")
         self.inference_loads = counter("inference_loads_total", "Models loaded to score with")

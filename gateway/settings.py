@@ -118,7 +118,19 @@ class ModelsSettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Releases and orders to devices."""
 
     online_key: str = ""
-    """File: the key that signs orders (TUF role `timestamp`), PEM. Empty: this gateway signs and drives nothing."""
+    """File: the key that signs orders (TUF role `timestamp`), PEM. Empty: this gateway signs and drives nothing. The
+    trust anchor `root.json` is looked for beside it."""
+    resign_interval_s: float = 15.0
+    """How often it is looked for approvals to publish, and for signatures to renew at half of their time."""
+    snapshot_days: float = 30.0
+    timestamp_days: float = 7.0
+    """So long devices believe what no gateway signs again."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        check_range("resign_interval_s", self.resign_interval_s, 0.1, 3600)
+        check_range("snapshot_days", self.snapshot_days, 0.01, 3650)
+        check_range("timestamp_days", self.timestamp_days, 0.01, 3650)
 
 
 class RolloutSettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -110,7 +110,8 @@ def _check(releases: Releases, release: Release) -> None:
         if (manifest.model, manifest.version) != (release.model, release.version):
             raise CorruptLakeError(f"its manifest is one of {manifest.model}@{manifest.version}")
         for artifact in release.artifacts:
-            releases.artifact(artifact)
+            if len(releases.artifact(artifact.sha256)) != artifact.size:
+                raise CorruptLakeError(f"artifact {artifact.sha256[:12]} has not {artifact.size} bytes")
     except (ConfigurationError, CorruptLakeError, ObjectMissingError, msgspec.MsgspecError) as error:
         raise ReleaseRefused(
             f"release {release.name} cannot be approved: {error}; retire it, and train and release once more"

@@ -31,7 +31,7 @@ from contract.models import (
     check_manifest,
     manifest_object,
 )
-from lake.errors import CommitConflictError, CorruptLakeError
+from lake.errors import CommitConflictError, CorruptLakeError, ObjectMissingError
 from lake.store import Store
 from lake.tables import ControlTable
 
@@ -205,7 +205,7 @@ class Releases:
         self.store.put_if_absent(_artifact_object(artifact.sha256), data)
         return artifact
 
-    def artifact(self, artifact: Artifact) -> bytes:
+    def artifact(self, sha256: str) -> bytes:
         """The bytes of an artifact, checked against its hash.
 
         Raises:
@@ -213,14 +213,35 @@ class Releases:
             CorruptLakeError: they are other bytes.
             StoreUnavailableError: the store did not answer.
         """
-        path = _artifact_object(artifact.sha256)
+        path = _artifact_object(sha256)
         size = self.store.size(path)
-        if size != artifact.size:
-            raise CorruptLakeError(f"{path} in {self.store.url} has {size} bytes, not {artifact.size}; restore it")
-        data = self.store.get(path)
-        if hashlib.sha256(data).hexdigest() != artifact.sha256:
-            raise CorruptLakeError(f"{path} in {self.store.url} is not what its name says; restore it from a backup")
+        data = self.store.get(path) if size <= MODEL_BYTES_MAX else b""
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise CorruptLakeError(
+                f"{path} in {self.store.url} ({size} bytes) is not what its name says; restore it from a backup"
+            )
         return data
+
+    def approved(self, model: str) -> list[int]:
+        """Versions of a model that are approved, rising.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        found = self.look().of_model(model)
+        return sorted(release.version for release in found if release.state is ReleaseState.APPROVED)
+
+    def manifest(self, model: str, version: int) -> Manifest:
+        """The manifest of a release.
+
+        Raises:
+            ObjectMissingError: there is no such release.
+            StoreUnavailableError: the store did not answer.
+        """
+        found = self.look().releases.get((model, version))
+        if found is None:
+            raise ObjectMissingError(f"there is no release {model}@{version} in {PATH} of {self.store.url}")
+        return found.manifest
 
     def publish(self, draft: Manifest, *, who: str, why: str) -> Release:
         """Make a release of artifacts that were put before, in state DRAFT.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
+from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
 
 from contract.errors import ConfigurationError
 from contract.messages import encode
@@ -59,6 +60,11 @@ class KeyFile:
                 self._stamp = stamp
                 _log.info("online_key_renewed", key=self._key.public_key.keyid)
         return str(self._key.public_key.keyid)
+
+    def signer(self) -> CryptoSigner:
+        """The key itself; the file is looked at."""
+        _ = self.key_id
+        return self._key
 
     def seal(self, assignment: Assignment) -> dict[str, Any]:
         """An assignment as a DSSE envelope."""

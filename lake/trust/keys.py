@@ -140,7 +140,8 @@ class KeyFolder:
         """The key in `<name>.pem`: that which is there, else a new one."""
         path = self.path / f"{name}.pem"
         if not path.exists():
-            write_key(path, generate_key(), self._passphrase)
+            # A gateway starts unattended: nobody could tell it the passphrase of its key.
+            write_key(path, generate_key(), None if name.startswith(ONLINE) else self._passphrase)
         return read_key(path, self._passphrase)
 
     def adopt(self, role: str) -> None:

@@ -184,6 +184,7 @@ class TrustRepository:
         add: Mapping[str, bytes] | None = None,
         remove: Collection[str] = (),
         keep: Collection[str] | None = None,
+        force: bool = False,
     ) -> int:
         """Approve and take back targets, in one version. Nothing is written where nothing changes.
 
@@ -192,6 +193,7 @@ class TrustRepository:
             add: path → bytes, stored before by `put_target`.
             remove: paths.
             keep: where given, every other target is removed.
+            force: sign in any case, for a new expiry.
 
         Returns:
             The version that says so. It is in force once `publish` was called, by anybody.
@@ -218,7 +220,7 @@ class TrustRepository:
             holds = is_vouched(state.targets.data, state.root) and not is_due(
                 old, self._now_us(), self._expiries.targets_days
             )
-            if said and holds and len(keys) == 1:
+            if said and holds and len(keys) == 1 and not force:
                 return int(old.version)
             number = free_number(self._store, Targets.type, old.version + 1)
             content = with_targets(old, number, added, gone)
