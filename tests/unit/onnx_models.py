@@ -100,12 +100,7 @@ def _model(nodes, outputs, rows: int, fields: int, more=()) -> bytes:
         "test",
         [helper.make_tensor_value_info("window", FLOAT, ["batch", rows, fields])],
         outputs,
-        [
-            numpy_helper.from_array(values.astype(np.int64), name)
-            for name, values in initializers.items()
-            if name in used
-        ]
-        + list(more),
+        [*constants, *more],
     )
     model = helper.make_model(graph, ir_version=ONNX_IR, opset_imports=[helper.make_opsetid("", ONNX_OPSET)])
     onnx.checker.check_model(model, full_check=True)
