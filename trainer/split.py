@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -80,12 +81,19 @@ def split_windows(dataset: WindowSet, recipe: Recipe, seed: int) -> Split:
 
 
 def _by_time(dataset: WindowSet, among: Int64s, share: float) -> tuple[Int64s, Int64s, int]:
-    """Train, test, and the moment between them, microseconds since 1970-01-01 UTC."""
-    since = int(np.quantile(dataset.starts_us[among], 1 - share, method="higher"))
-    embargo = int(np.median(dataset.ends_us[among] - dataset.starts_us[among]))
-    test = among[dataset.starts_us[among] >= since]
-    train = among[dataset.ends_us[among] < since - embargo]
-    return train, test, since
+    """Train, test, and the earliest moment between them that leaves no more than the share to the test,
+    microseconds since 1970-01-01 UTC."""
+    starts, ends = dataset.starts_us[among], dataset.ends_us[among]
+    embargo = int(np.median(ends - starts))
+    moments = np.unique(starts)
+
+    def is_late_enough(moment: int) -> bool:
+        test = int((starts >= moment).sum())
+        return test <= share * (test + int((ends < moment - embargo).sum()))
+
+    # The later the moment, the less is left to the test: the first that is late enough is found by bisection.
+    since = int(moments[bisect_left(moments, True, hi=len(moments) - 1, key=is_late_enough)])
+    return among[ends < since - embargo], among[starts >= since], since
 
 
 def _time_folds(dataset: WindowSet, train: Int64s, count: int) -> list[Fold]:
