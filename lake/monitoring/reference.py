@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from contract.errors import ConfigurationError
-from lake.monitoring.drift import Mixture, compare
+from lake.monitoring.drift import PSI_MAX, Mixture, compare
 
 REFERENCE_BYTES_MAX = 64 * 1024 * 1024
 QUANTILES = 101
@@ -26,6 +26,8 @@ LABELS_MAX = 64
 """Labels with a distribution of their own, the most frequent ones."""
 GROUPS_MAX = 32
 """Groups whose distance from the others is measured."""
+SPREAD_MARGIN = 1.25
+"""Times its spread a feature may be away."""
 SCORE = "score"
 """Name of the score where features and score stand together."""
 
@@ -72,6 +74,9 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, float] = {}
     """Share of each label."""
     by_label: dict[str, LabelReference] = {}
+    drifted_share: float = 0.0
+    """Largest part of the features in which one training group is further from the others than PSI_MAX and
+    SPREAD_MARGIN times the feature's spread."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -116,9 +121,14 @@ def make_reference(
         return whole
     if len(groups) != len(values):
         raise ConfigurationError(f"there are {len(values)} windows but {len(groups)} groups; give one for each")
-    spread = _spread(names, values, said, np.asarray(groups, dtype=np.str_))
+    distances = _distances(names, values, said, np.asarray(groups, dtype=np.str_))
+    if len(distances) < 2:
+        return whole
+    spread = np.median(distances, axis=0).tolist()
+    beyond = distances[:, :-1] > np.maximum(PSI_MAX, SPREAD_MARGIN * np.array(spread[:-1]))
     return msgspec.structs.replace(
         whole,
+        drifted_share=float(beyond.mean(axis=1).max()),
         features=tuple(
             msgspec.structs.replace(feature, spread=value)
             for feature, value in zip(whole.features, spread[:-1], strict=True)
@@ -221,18 +231,20 @@ def _measured(names: Sequence[str], values: Quantiles, labels: npt.NDArray[np.st
 
 def _quantiles(values: Quantiles) -> list[tuple[float, ...]]:
     """Of each column, NaN left out; 0 where there is nothing else."""
+    at = np.linspace(0, 1, QUANTILES)
+    finite = np.isfinite(values)
+    if finite.all():
+        return [tuple(points) for points in np.quantile(values, at, axis=0).T.tolist()]
     found = []
-    for column in values.T:
-        finite = column[np.isfinite(column)]
-        points = np.quantile(finite, np.linspace(0, 1, QUANTILES)) if len(finite) else np.zeros(QUANTILES)
-        found.append(tuple(points.tolist()))
+    for column, good in zip(values.T, finite.T, strict=True):
+        found.append(tuple(np.quantile(column[good], at).tolist() if good.any() else [0.0] * QUANTILES))
     return found
 
 
-def _spread(
+def _distances(
     names: Sequence[str], values: Quantiles, labels: npt.NDArray[np.str_], groups: npt.NDArray[np.str_]
-) -> list[float]:
-    """Of each column: the median over groups of their PSI against all others; 0 where there are too few groups."""
+) -> Quantiles:
+    """`[groups, F + 1]`: PSI of each group against all others, the labels mixed as it has them."""
     distances = []
     for group in np.unique(groups)[:GROUPS_MAX]:
         own = groups == group
@@ -240,6 +252,4 @@ def _spread(
             continue
         others = _measured(names, values[~own], labels[~own])
         distances.append(compare(mixed(others, shares_of(labels[own])), values[own]).psi)
-    if len(distances) < 2:
-        return [0.0] * values.shape[1]
-    return [float(value) for value in np.median(np.array(distances), axis=0)]
+    return np.array(distances).reshape(len(distances), values.shape[1])

@@ -1,0 +1,203 @@
+"""Predictions as they arrive: the rows of `predictions.<model>` that commits since the last look brought.
+
+What is new is told by the table's log, not by `ts`: rows of a device that was away for a day are new today. Each look
+reads the log entries and Parquet files of new commits and nothing else, so its cost does not grow with the table.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from urllib.parse import unquote
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from contract.names import PREDICTIONS_PREFIX
+from lake.catalog import Catalog
+from lake.errors import CorruptLakeError, ObjectMissingError
+from lake.raw import table_path
+from lake.store import Store
+
+COLUMNS = ("_device", "release", "window_start", "ts", "score", "label", "latency_us", "nan_count", "features")
+BACKLOG_COMMITS_MAX = 500
+"""Commits that the first look goes back."""
+
+
+class Predictions(NamedTuple):
+    """Rows, in the order in which they were committed."""
+
+    device: list[str]
+    release: npt.NDArray[np.int64]
+    start_us: npt.NDArray[np.int64]
+    end_us: npt.NDArray[np.int64]
+    score: npt.NDArray[np.float64]
+    """NaN where the model gave none."""
+    label: list[str]
+    latency_us: npt.NDArray[np.int64]
+    nan_count: npt.NDArray[np.int64]
+    features: list[npt.NDArray[np.float64] | None]
+
+    def __len__(self) -> int:
+        """How many rows (not columns)."""
+        return len(self.device)
+
+
+class _File(msgspec.Struct, rename="camel"):
+    path: str
+    stats: str | None = None
+    data_change: bool = True
+
+
+class _Action(msgspec.Struct):
+    add: _File | None = None
+
+
+class _Stats(msgspec.Struct, rename="camel"):
+    num_records: int = 0
+
+
+_decode = msgspec.json.Decoder(_Action).decode
+_decode_stats = msgspec.json.Decoder(_Stats).decode
+
+
+class PredictionFeed:
+    """The new rows of one model. Not thread-safe.
+
+    Args:
+        store: where the lake is.
+        model: whose predictions.
+    """
+
+    def __init__(self, store: Store, model: str) -> None:
+        self._store = store
+        self._path = table_path(PREDICTIONS_PREFIX + model)
+        self._version = -1
+        self.skipped_commits = 0
+        """Not read, because more had come than one look may read."""
+
+    def take(self, rows_max: int) -> Predictions:
+        """The rows that came since the last call; at the first, the latest that are there.
+
+        Args:
+            rows_max: where more have come, the newest commits with about so many rows are read, older ones skipped
+                and counted.
+
+        Raises:
+            StoreUnavailableError: the store did not answer; the next call reads the same rows again.
+            CorruptLakeError: a file is not what a gateway writes.
+        """
+        latest = self._latest()
+        first = max(self._version + 1, latest - BACKLOG_COMMITS_MAX + 1)
+        files: list[str] = []
+        rows, version = 0, latest
+        while version >= first and rows < rows_max:
+            for file in reversed(self._files(version)):
+                files.append(file.path)
+                rows += _decode_stats(file.stats).num_records if file.stats else 1
+            version -= 1
+        tables = [self._read(path) for path in reversed(files)]
+        if self._version >= 0:
+            self.skipped_commits += max(0, version - self._version)
+        self._version = latest
+        return parse(pa.concat_tables(tables) if tables else empty())
+
+    def _latest(self) -> int:
+        """Follow the log one version at a time; it is listed only at the first look, or where entries are gone."""
+        if self._version < 0:
+            state = Catalog(self._store).state(self._path)
+            return -1 if state is None else state.version
+        version = self._version
+        try:
+            while True:
+                self._store.size(self._entry(version + 1))
+                version += 1
+        except ObjectMissingError:
+            return version
+
+    def _entry(self, version: int) -> str:
+        return f"{self._path}/_delta_log/{version:020d}.json"
+
+    def _files(self, version: int) -> list[_File]:
+        try:
+            lines = self._store.get(self._entry(version)).splitlines()
+        except ObjectMissingError:
+            return []  # cleaned up behind a checkpoint: too old to matter
+        found = [_decode(line).add for line in lines if b'"add"' in line[:64]]
+        return [file for file in found if file is not None and file.data_change]
+
+    def _read(self, path: str) -> pa.Table:
+        try:
+            data = self._store.get(f"{self._path}/{unquote(path)}")
+            with pq.ParquetFile(pa.BufferReader(data)) as file:
+                here = [name for name in COLUMNS if name in file.schema_arrow.names]
+                return with_all_columns(file.read(columns=here))
+        except ObjectMissingError:
+            return empty()  # compacted and vacuumed meanwhile
+        except pa.ArrowException as error:
+            raise CorruptLakeError(f"{self._path}/{path} in {self._store.url} cannot be read ({error})") from error
+
+
+_SCHEMA = pa.schema(
+    [
+        ("_device", pa.string()),
+        ("release", pa.int64()),
+        ("window_start", pa.int64()),
+        ("ts", pa.int64()),
+        ("score", pa.float64()),
+        ("label", pa.string()),
+        ("latency_us", pa.int64()),
+        ("nan_count", pa.int64()),
+        ("features", pa.list_(pa.float64())),
+    ]
+)
+
+
+def empty() -> pa.Table:
+    """No rows, with all columns."""
+    return _SCHEMA.empty_table()
+
+
+def with_all_columns(table: pa.Table) -> pa.Table:
+    """The columns of `COLUMNS` in plain types: times as microseconds, what is not there null."""
+    columns = []
+    for field in _SCHEMA:
+        if field.name not in table.column_names:
+            columns.append(pa.nulls(table.num_rows, field.type))
+            continue
+        column = table.column(field.name)
+        if pa.types.is_timestamp(column.type):
+            column = column.cast(pa.timestamp("us", tz=column.type.tz), safe=False)
+        columns.append(column.cast(field.type))
+    return pa.table(columns, schema=_SCHEMA)
+
+
+def parse(table: pa.Table) -> Predictions:
+    """Rows of a table with all columns."""
+
+    def ints(name: str) -> npt.NDArray[np.int64]:
+        found: npt.NDArray[np.int64] = table.column(name).fill_null(0).to_numpy().astype(np.int64)
+        return found
+
+    features: list[npt.NDArray[np.float64] | None] = []
+    for chunk in table.column("features").chunks:
+        values = chunk.values.fill_null(float("nan")).to_numpy(zero_copy_only=False)
+        offsets = chunk.offsets.to_numpy()
+        present = chunk.is_valid().to_numpy(zero_copy_only=False)
+        features += [
+            values[start:end] if there else None
+            for start, end, there in zip(offsets[:-1], offsets[1:], present, strict=True)
+        ]
+    return Predictions(
+        [device or "" for device in table.column("_device").to_pylist()],
+        ints("release"),
+        ints("window_start"),
+        ints("ts"),
+        table.column("score").fill_null(float("nan")).to_numpy().astype(np.float64),
+        [label or "" for label in table.column("label").to_pylist()],
+        ints("latency_us"),
+        ints("nan_count"),
+        features,
+    )
