@@ -28,7 +28,7 @@ DATASET_BYTES_MAX = 4 * 1024 * 1024 * 1024
 FIELDS_MAX = 4_096
 
 FAMILIES: dict[Task, tuple[str, ...]] = {
-    "classification": ("logistic_regression", "random_forest", "hist_gradient_boosting", "mlp", "lightgbm", "xgboost"),
+    "classification": ("logistic_regression", "random_forest", "extra_trees", "hist_gradient_boosting", "mlp", "lightgbm", "xgboost"),
     "anomaly": ("isolation_forest", "one_class_svm", "robust_z_score"),
 }
 """Names of model families, by task (see `trainer.families`)."""
@@ -115,7 +115,7 @@ class Features(Part, frozen=True, kw_only=True):
     include: tuple[str, ...] = ()
     """Names of feature functions (see `trainer.graph`); none: all."""
     bands: tuple[tuple[float, float], ...] = ()
-    """Edges of the DFT bands in Hz; none: eight equal ones up to the Nyquist frequency."""
+    """Edges of the DFT bands in Hz; none: octaves down from the Nyquist frequency."""
     select: Literal["none", "variance", "importance"] = "importance"
     """How features that do not help are left out."""
     count_max: Count | None = None
