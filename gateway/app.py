@@ -34,6 +34,7 @@ from gateway.registry import FILTERS, Registry
 from gateway.resigning import Resigner
 from gateway.rollouts.controller import RolloutController
 from gateway.rollouts.sealing import KeyFile
+from gateway.rollouts_http import RolloutsHttp
 from gateway.settings import GatewaySettings, LogSettings
 from gateway.watch import LakeHealth, Trouble, WatchedThread
 from lake.rollouts import RolloutTable
@@ -154,6 +155,7 @@ class Gateway:
             [
                 *Inference(settings.inference, models, metrics).routes(),
                 *ModelFiles(lambda: access.store, metrics).routes(),
+                *RolloutsHttp(self._rollouts, access.open_releases, metrics).routes(),
             ],
         )
         quick = (self._ingress.thread, self._control.thread, self._engine.thread, self._acks.thread)

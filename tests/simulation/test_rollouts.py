@@ -47,9 +47,9 @@ def test_the_same_seed_is_the_same_history(seed):
     assert run(seed).events == run(seed).events
 
 
-def test_a_device_that_was_away_for_three_rollouts_reads_one_order_the_one_of_today():
+def test_a_device_that_was_away_for_three_rollouts_reads_one_order_the_one_of_today(monkeypatch):
     world = World(3)
-    world.chance = lambda probability: False  # no loss and nobody meddles
+    monkeypatch.setattr(world, "chance", lambda probability: False)  # no loss and nobody meddles
     world.devices = {name: SimulatedDevice(name) for name in world.devices}
     for name in world.devices:
         world.online[name] = name != "pi-0"
