@@ -23,15 +23,18 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import structlog
 from prometheus_client import CollectorRegistry
 
 from contract.errors import ConfigurationError, HeadwaterError
+from contract.names import EVENTS_STREAM
+from edge_agent.batcher import BatchSettings
 from edge_agent.buffer.port import StreamCaps
 from edge_agent.buffer.sqlite import SqliteBuffer
 from edge_agent.clock import DeviceClock, clock_is_synced, read_boot_id
-from edge_agent.events import Event, EventLog
+from edge_agent.events import Event, EventLog, Kind
 from edge_agent.identity import hardware_fingerprint
 from edge_agent.metrics import AgentMetrics, serve
 from edge_agent.recorder import FINISH_S, Recorder
@@ -48,11 +51,15 @@ from edge_agent.systemd import Notifier, notifier_from
 from edge_agent.transport import PahoTransport
 from edge_agent.uplink import FAREWELL_S, Identity, Uplink
 
+if TYPE_CHECKING:
+    from edge_agent.models.runner import ModelRunner
+
 _log = structlog.get_logger()
 
 TICK_S = 1.0
 SAMPLERS_STOP_S = 5.0
 """All samplers together; a driver that does not return is left to the end of the process."""
+MODELS_STOP_S = 10.0
 EVENTS_CAPS = StreamCaps(bytes_max=4 * 1024 * 1024, age_max_s=90 * 86_400.0)
 EXIT_OK, EXIT_FAILED = 0, 1
 _M_ARENA_MAX = -8  # malloc.h of glibc
@@ -179,12 +186,13 @@ class _Agent:
 
         self._buffer = SqliteBuffer(
             Path(settings.buffer.path),
-            {name: stream.caps.caps() for name, stream in settings.streams.items()},
+            {EVENTS_STREAM: EVENTS_CAPS, **{name: stream.caps.caps() for name, stream in settings.streams.items()}},
             settings.buffer.bytes_max,
             clock.read,
             hardware_fingerprint(),
-            default_caps=EVENTS_CAPS,
+            default_caps=_default_caps(settings),
         )
+        self._models = self._model_runner(report, random.Random(rng.getrandbits(64)))
         self._uplink = Uplink(
             identity=identity,
             buffer=self._buffer,
@@ -195,6 +203,7 @@ class _Agent:
             report=report,
             desired=lambda payload: self._supervisor.desired(payload),
             rng=random.Random(rng.getrandbits(64)),
+            assigned=None if self._models is None else self._models.service.assignments,
         )
         self._recorder = Recorder(
             streams={name: batch_settings(in_force(stream, None)) for name, stream in settings.streams.items()},
@@ -204,6 +213,7 @@ class _Agent:
             events=events,
             stored=lambda new_lane: self._uplink.stored(new_lane=new_lane),
             rng=random.Random(rng.getrandbits(64)),
+            tap=None if self._models is None else self._models.engine.feed,
         )
         self._runners = {
             name: self._runner(name, sensor, random.Random(rng.getrandbits(64))) for name, sensor in sensors.items()
@@ -221,6 +231,7 @@ class _Agent:
             runners=self._runners,
             remote_config=RemoteConfigFile(settings.remote_config_path),
             wake=bell.ring,
+            models=self._models,
         )
         self._recording = self._worker("recorder", self._recorder.run)
         self._sending = self._worker("uplink", self._uplink.run)
@@ -228,6 +239,17 @@ class _Agent:
             Worker(self._recording, lambda: self._recorder.progress_s),
             Worker(self._sending, lambda: self._uplink.progress_s),
         ]
+        self._modelling: list[threading.Thread] = []
+        if (models := self._models) is not None:
+            following, inferring = (
+                self._worker("models", models.service.run),
+                self._worker("inference", models.engine.run),
+            )
+            self._modelling = [following, inferring]
+            self._workers += [
+                Worker(following, lambda: models.service.progress_s),
+                Worker(inferring, lambda: models.engine.progress_s),
+            ]
 
     def run(self) -> int:
         """Start, watch, stop."""
@@ -239,9 +261,14 @@ class _Agent:
             status = StatusServer(Path(self._settings.status.socket), self._supervisor.answers())
             status.start()
             open_parts.callback(status.stop)
+            if self._models is not None:
+                open_parts.callback(self._models.close)
+                self._models.begin()
             self._supervisor.begin()
             self._recording.start()
             self._sending.start()
+            for thread in self._modelling:
+                thread.start()
             for runner in self._runners.values():
                 runner.start()
             self._notifier.ready()
@@ -290,6 +317,10 @@ class _Agent:
             runner.request_stop()
         for runner in self._runners.values():
             runner.stop(max(0.05, deadline_s - self._clock.monotonic_s()))
+        if self._models is not None:
+            self._models.stop()
+            for thread in self._modelling:
+                self._join(thread, MODELS_STOP_S)
         self._supervisor.end()
         self._recorder.finish()
         self._join(self._recording, 2 * FINISH_S + SAMPLERS_STOP_S)
@@ -318,12 +349,45 @@ class _Agent:
 
         return threading.Thread(target=guarded, name=name, daemon=True)
 
+    def _model_runner(self, report: Callable[[Event], None], rng: random.Random) -> ModelRunner | None:
+        """What runs models; nothing for one is imported where there is no `[models]`."""
+        settings, models = self._settings, self._settings.models
+        if models is None:
+            return None
+        from edge_agent.models.runner import ModelRunner
+        from edge_agent.models.store import StoreUnavailableError
+
+        try:
+            return ModelRunner(
+                device=settings.device,
+                settings=models,
+                streams=frozenset(settings.streams),
+                clock=self._clock,
+                registry=self._metrics.registry,
+                sink_of=lambda stream: self._recorder.open_stream(stream, BatchSettings()),
+                report=report,
+                changed=self._bell.ring,
+                rng=rng,
+            )
+        except StoreUnavailableError as error:
+            # Readings come before models: the agent measures on without them.
+            _log.error("models_unavailable", error=str(error))
+            report(Event(Kind.MODEL_STATE, detail={"cause": "unavailable", "state": "damaged", "reason": str(error)}))
+            return None
+
     def _runner(self, name: str, sensor: Sensor, rng: random.Random) -> SensorRunner:
         settings, sink = self._settings.streams[name], self._recorder.queues[name]
         loop = SensorLoop(
             name, sensor, settings.sampling, sink, self._clock, default_backoff(rng), enabled=settings.enabled
         )
         return SensorRunner(loop, sink)
+
+
+def _default_caps(settings: AgentSettings) -> StreamCaps:
+    """Of streams that the file does not name: predictions."""
+    if settings.models is None:
+        return EVENTS_CAPS
+    return StreamCaps(bytes_max=settings.models.predictions_bytes_max, age_max_s=EVENTS_CAPS.age_max_s)
 
 
 def _sensor(name: str, settings: AgentSettings) -> Sensor:

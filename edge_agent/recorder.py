@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+import pyarrow as pa
 import structlog
 
 from contract.backoff import Backoff
@@ -22,6 +23,7 @@ from edge_agent.buffer.port import Appended, BatchBuffer, BufferUnavailableError
 from edge_agent.events import Event, EventLog, Kind, to_batch
 from edge_agent.metrics import AgentMetrics
 from edge_agent.sampling.queue import RowQueue
+from edge_agent.sensors.port import Sample
 
 _log = structlog.get_logger()
 
@@ -69,6 +71,7 @@ class Recorder:
         events: events to store, and where evictions and losses are reported.
         stored: called after each durable step; with True where a (stream, epoch) is new.
         rng: jitter of retries.
+        tap: shown every sample on its way, on this thread; must return soon. None: nobody looks.
     """
 
     def __init__(
@@ -81,7 +84,9 @@ class Recorder:
         events: EventLog,
         stored: Callable[[bool], None],
         rng: random.Random,
+        tap: Callable[[str, pa.Schema, Sample], None] | None = None,
     ) -> None:
+        self._tap = tap
         self._buffer, self._clock, self._metrics = buffer, clock, metrics
         self._events, self._stored = events, stored
         self._work, self._finishing = threading.Event(), threading.Event()
@@ -107,6 +112,15 @@ class Recorder:
         """Why the disk refuses at present; empty while it does not."""
         self.progress_s = clock.monotonic_s()
         """Monotonic time of the last round of the thread."""
+
+    def open_stream(self, stream: str, settings: BatchSettings) -> RowQueue:
+        """Take a stream that no sampler feeds, such as predictions; its queue, the same each time. From one thread."""
+        if stream not in self.queues:
+            queue = RowQueue(max(QUEUE_ROWS_MIN, 2 * settings.max_batch_rows), QUEUE_BYTES_MAX, self._work.set)
+            # New dictionaries, queues first: the recorder's thread goes through the old ones meanwhile.
+            self.queues = {**self.queues, stream: queue}
+            self._batchers = {**self._batchers, stream: Batcher(settings, self._clock.read)}
+        return self.queues[stream]
 
     def configure(self, stream: str, settings: BatchSettings) -> None:
         """Close the batches of a stream by other settings from the next sample on."""
@@ -167,6 +181,8 @@ class Recorder:
             item = queue.get()
             if item is None:
                 return False
+            if self._tap is not None:
+                self._tap(name, item.schema, item.sample)
             self._hold_closed(name, batcher.add(item.schema, item.sample, now_s))
         self._work.set()
         return True

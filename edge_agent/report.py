@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from contract.messages import Refusal, Reported, ReportedStream
+from contract.models import ReportedModel
 from edge_agent.buffer.port import LaneInfo
 from edge_agent.remote_config import InForce
 from edge_agent.sampling.status import SamplingStatus
@@ -37,6 +38,8 @@ class Condition(NamedTuple):
     revision: int
     refused: Refusal | None
     streams: Mapping[str, StreamCondition]
+    models: Mapping[str, ReportedModel] = {}
+    tags: tuple[str, ...] = ()
 
 
 def reported(condition: Condition) -> Reported:
@@ -49,6 +52,8 @@ def reported(condition: Condition) -> Reported:
         clock_synced=condition.clock_synced,
         started_at_us=condition.started_at_us,
         streams={name: _stream(stream) for name, stream in condition.streams.items()},
+        models=dict(condition.models),
+        tags=condition.tags,
     )
 
 
@@ -58,7 +63,8 @@ def settled_part(document: Reported) -> Any:
         name: (each.enabled, each.rate_hz, each.max_batch_rows, each.max_batch_age_s)
         for name, each in document.streams.items()
     }
-    return document.revision, document.refused, document.clock_synced, streams
+    models = {name: (each.active, each.active_sha256, _settled_order(each)) for name, each in document.models.items()}
+    return document.revision, document.refused, document.clock_synced, streams, models
 
 
 def waiting(lanes: Sequence[LaneInfo]) -> list[dict[str, Any]]:
@@ -91,6 +97,11 @@ def stream_status(stream: StreamCondition) -> dict[str, Any]:
         "refused_rows": sampling.rows_refused,
         "suppressed_rows": sampling.rows_suppressed,
     }
+
+
+def _settled_order(model: ReportedModel) -> Any:
+    order = model.order
+    return None if order is None else (order.sequence, order.state, order.reason)
 
 
 def _stream(stream: StreamCondition) -> ReportedStream:

@@ -211,8 +211,8 @@ class AgentSettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         check_range("report_interval_s", self.report_interval_s, 1, 86_400)
         if len(self.tags) > TAGS_MAX or not all(is_name(tag) for tag in self.tags):
             raise ValueError(
-                f"tags = {list(self.tags)[:TAGS_MAX]} are more than {TAGS_MAX}, or one is not 1 to 63 of a-z 0-9 . _ -; "
-                "rename or remove it"
+                f"tags = {list(self.tags)[:TAGS_MAX]} are more than {TAGS_MAX}, or one is not 1 to 63 of a-z 0-9 . _ "
+                "-; rename or remove it"
             )
 
     @property

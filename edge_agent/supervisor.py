@@ -14,6 +14,7 @@ import structlog
 
 from contract.batches import Clock
 from contract.messages import Desired, Refusal, encode
+from contract.models import ReportedModel
 from edge_agent.batcher import BatchSettings
 from edge_agent.buffer.port import BatchBuffer, Opened, OpenedKind
 from edge_agent.clock import ClockWatch
@@ -60,6 +61,16 @@ class OpenedBuffer(BatchBuffer, Protocol):
     opened: Opened
 
 
+class Models(Protocol):
+    """What the supervisor needs of the part that runs models. Both may be called from any thread."""
+
+    def reported(self) -> Mapping[str, ReportedModel]:
+        """By model, for the fleet."""
+
+    def status(self) -> dict[str, Any]:
+        """By model, for the status socket."""
+
+
 class Worker(NamedTuple):
     """A thread that has to live as long as the agent."""
 
@@ -77,6 +88,7 @@ class Supervisor:
         runners: the samplers by stream.
         remote_config: keeps the desired document in force.
         wake: ends the main thread's sleep.
+        models: what runs models; None where none does.
     """
 
     def __init__(
@@ -93,7 +105,9 @@ class Supervisor:
         runners: Mapping[str, SensorRunner],
         remote_config: RemoteConfigFile,
         wake: Callable[[], None],
+        models: Models | None = None,
     ) -> None:
+        self._models = models
         self._identity, self._settings, self._buffer = identity, settings, buffer
         self._clock, self._events, self._metrics = clock, events, metrics
         self._recorder, self._uplink, self._runners = recorder, uplink, runners
@@ -288,6 +302,8 @@ class Supervisor:
             revision=self._desired.revision if self._desired is not None else 0,
             refused=self._refused,
             streams=streams,
+            models=self._models.reported() if self._models is not None else {},
+            tags=self._settings.tags,
         )
 
     def _status(self) -> dict[str, Any]:
@@ -311,6 +327,7 @@ class Supervisor:
             "revision": condition.revision,
             "refused": msgspec.to_builtins(condition.refused),
             "streams": {name: stream_status(stream) for name, stream in condition.streams.items()},
+            "models": self._models.status() if self._models is not None else {},
         }
 
 

@@ -106,6 +106,7 @@ class Uplink:
         report: takes events.
         desired: takes desired documents as they arrive; must return soon.
         rng: jitter.
+        assigned: takes the orders for models as they arrive; must return soon. None: no model runs here.
     """
 
     def __init__(
@@ -120,10 +121,11 @@ class Uplink:
         report: Callable[[Event], None],
         desired: Callable[[bytes], None],
         rng: random.Random,
+        assigned: Callable[[bytes], None] | None = None,
     ) -> None:
         self._identity, self._buffer, self._settings = identity, buffer, settings
         self._transport, self._clock, self._metrics = transport, clock, metrics
-        self._report, self._desired, self._rng = report, desired, rng
+        self._report, self._desired, self._assigned, self._rng = report, desired, assigned, rng
         self._sender = Sender(buffer, settings, rng)
         self._inherited = {(i.stream, i.epoch): i.last_seq_at_open for i in buffer.lanes() if i.live}
         self._inbox: Inbox[tuple[Connection, Signal]] = Inbox(INBOX_MAX)
@@ -220,9 +222,12 @@ class Uplink:
             return
         device = self._identity.device
         self._metrics.connects.inc()
+        wanted = [topics.ack(device), topics.rewind(device), topics.desired(device)]
+        if self._assigned is not None:
+            wanted.append(topics.assign(device))
         self._connection = self._transport.connect(
             Will(topics.status(device), self._own_presence(online=False, reason="lost")),
-            [topics.ack(device), topics.rewind(device), topics.desired(device)],
+            wanted,
             self._inbox,
         )
         self._attempt_ends_s = now_s + self._transport.attempt_timeout_s
@@ -311,6 +316,8 @@ class Uplink:
                 self._sender.rewind(decode(message.payload, Rewind), self._clock.monotonic_s())
             elif kind == "desired":
                 self._desired(message.payload)
+            elif kind == "assign" and self._assigned is not None:
+                self._assigned(message.payload)
             elif kind == "status" and self._was_ready and not self._is_own(message.payload):
                 other = decode(message.payload, Presence)
                 self._taken_over({"agent": other.agent, "boot": other.boot, "at_us": other.at_us})

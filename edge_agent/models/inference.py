@@ -47,6 +47,10 @@ class BusyError(TemporaryError):
     """The worker has too much to do; ask again later."""
 
 
+class LateError(TemporaryError):
+    """The worker did not get to it in time."""
+
+
 @dataclass
 class Counters:
     """What a release did since it was loaded. Written by the worker, read by others: each figure by itself is right."""
@@ -193,38 +197,50 @@ class Engine:
         if self.schemas.get(stream) is not schema:
             self.schemas[stream] = schema
         for feed in self._by_stream.get(stream, ()):
-            for cut in feed.ring.feed(sample):
-                if len(feed.pending) >= PENDING_WINDOWS_MAX:
-                    for loaded in (feed.active, feed.candidate):
-                        if loaded is not None:
-                            loaded.counters.skipped += 1
-                    continue
-                feed.pending.append(cut)
-                self._queue.append(feed)
-                self._work.set()
+            try:
+                self._cut(feed, sample)
+            except Exception as error:  # noqa: BLE001 - whatever a model cannot eat, it must still be recorded
+                feed.ring.reset()
+                self._notice(feed.active or feed.candidate, f"a reading does not fit: {error}")
+
+    def _cut(self, feed: _Feed, sample: Sample) -> None:
+        for cut in feed.ring.feed(sample):
+            if len(feed.pending) >= PENDING_WINDOWS_MAX:
+                for loaded in (feed.active, feed.candidate):
+                    if loaded is not None:
+                        loaded.counters.skipped += 1
+                continue
+            feed.pending.append(cut)
+            self._queue.append(feed)
+            self._work.set()
 
     # From any thread.
 
-    def infer(self, model: str, windows: Floats, timeout_s: float) -> dict[str, Any]:
+    def infer(self, model: str, version: int, windows: Floats, timeout_s: float) -> dict[str, Any]:
         """What the model that answers now says of these windows, by output name; on the worker's thread.
 
         Args:
             model: its name.
+            version: the one that shall answer.
             windows: `[batch, W, C]`.
             timeout_s: longest wait.
 
         Raises:
-            KeyError: no such model answers here.
+            KeyError: it does not answer here.
             ModelError: it failed.
-            BusyError: the worker did not get to it in time.
+            BusyError: too many wait already.
+            LateError: the worker did not get to it in time.
         """
-        request = _Request(self.answering()[model], windows)
+        loaded = self.answering()[model]
+        if loaded.manifest.version != version:
+            raise KeyError(model)
+        request = _Request(loaded, windows)
         if len(self._requests) >= REQUESTS_MAX or self._stopping.is_set():
             raise BusyError(f"{len(self._requests)} requests wait for the models of this device; ask again later")
         self._requests.append(request)
         self._work.set()
         if not request.done.wait(timeout_s):
-            raise BusyError(f"the models of this device did not answer within {timeout_s:g} s; ask again later")
+            raise LateError(f"the models of this device did not answer within {timeout_s:g} s; ask again later")
         if request.error is not None:
             raise request.error
         return request.outputs
@@ -326,8 +342,10 @@ class Engine:
             watchdog.end()
             request.done.set()
 
-    def _notice(self, loaded: Loaded, why: str) -> None:
+    def _notice(self, loaded: Loaded | None, why: str) -> None:
         """Log one failure a minute: a model that always fails must not fill a disk."""
+        if loaded is None:
+            return
         model, now_s = loaded.manifest.model, self._clock_s()
         if now_s - self._noticed_s.get(model, -_NOTICE_S) >= _NOTICE_S:
             self._noticed_s[model] = now_s
