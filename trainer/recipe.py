@@ -28,7 +28,15 @@ DATASET_BYTES_MAX = 4 * 1024 * 1024 * 1024
 FIELDS_MAX = 4_096
 
 FAMILIES: dict[Task, tuple[str, ...]] = {
-    "classification": ("logistic_regression", "random_forest", "extra_trees", "hist_gradient_boosting", "mlp", "lightgbm", "xgboost"),
+    "classification": (
+        "logistic_regression",
+        "random_forest",
+        "extra_trees",
+        "hist_gradient_boosting",
+        "mlp",
+        "lightgbm",
+        "xgboost",
+    ),
     "anomaly": ("isolation_forest", "one_class_svm", "robust_z_score"),
 }
 """Names of model families, by task (see `trainer.families`)."""
@@ -266,12 +274,22 @@ def parse_recipe(table: dict[str, Any], source: str) -> Recipe:
     Raises:
         ConfigurationError: naming key, value and remedy.
     """
+    _check_spaces(table, source)
     recipe = convert(table, Recipe, f"{source}: ")
     try:
         _check(recipe)
     except RecipeError as error:
         raise RecipeError(f"{source}: {error}") from error
     return recipe
+
+
+def _check_spaces(table: dict[str, Any], source: str) -> None:
+    """Ranges one by one: in a table of tables whose keys are free, a message could not say which one is wrong."""
+    families = table.get("families")
+    for family, spaces in (families if isinstance(families, dict) else {}).items():
+        for name, space in (spaces if isinstance(spaces, dict) else {}).items():
+            if isinstance(space, dict):
+                convert(space, Range, f"{source}: [families.{family}.{name}] ")
 
 
 def _check(recipe: Recipe) -> None:
