@@ -33,6 +33,16 @@ Broker = Annotated[
         "folder.",
     ),
 ]
+Keys = Annotated[
+    str | None,
+    typer.Option(
+        "--keys",
+        metavar="DIR",
+        help="Folder of keys; else $HEADWATER_KEYS, else `keys` in the data folder, else ~/.config/headwater/keys.",
+    ),
+]
+By = Annotated[str | None, typer.Option("--by", metavar="NAME", help="Who does it, for the record; else your login.")]
+Why = Annotated[str, typer.Option("--why", metavar="TEXT", help="Why, for the record.")]
 Config = Annotated[Path, typer.Option("--config", metavar="FILE", help="The configuration file.")]
 
 

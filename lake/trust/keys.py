@@ -153,7 +153,9 @@ class KeyFolder:
         coming, current = self.path / f"{role}.next.pem", self.file(role)
         try:
             if current.exists():
-                current.replace(self.path / f"{role}.retired.pem")
+                retired = self.path / f"{role}.retired.pem"
+                retired.unlink(missing_ok=True)
+                retired.hardlink_to(current)  # at no moment is the role without a key
             coming.replace(current)
             sync_folder(self.path)
         except OSError as error:

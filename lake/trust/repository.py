@@ -50,8 +50,6 @@ from lake.trust.metadata import (
     is_due,
     is_vouched,
     left_s,
-    parsed,
-    self_signed,
     signed,
     snapshot_of,
     timestamp_of,
@@ -118,7 +116,7 @@ class TrustRepository:
             threshold: how many root keys have to sign a change of keys.
 
         Returns:
-            Root version 1: the trust anchor for devices.
+            The newest root: the trust anchor for devices.
 
         Raises:
             ConfigurationError: the lake has a repository with other keys, or the threshold cannot be met.
@@ -130,15 +128,17 @@ class TrustRepository:
         root = signed(dated(first_root(roots, targets, online, threshold), now, self._expiries.root_days), roots)
         if not self._store.put_if_absent(root_path(1), root.data):
             root = self._same_keys(root.signed)
+        try:
+            self._store.size(TIMESTAMP_PATH)
+            return root.data
+        except ObjectMissingError:
+            pass  # it is written last: the rest may be there or not
         first = signed(dated(Targets(version=1), now, self._expiries.targets_days), [targets])
         if not self._store.put_if_absent(metadata_path(Targets.type, 1), first.data):
-            first = parsed(Targets, self._store.get(metadata_path(Targets.type, 1)), [root.signed])
-        try:
-            self._store.get(TIMESTAMP_PATH)
-        except ObjectMissingError:
-            snapshot = self._write_snapshot(first, 1, [online])
-            stamp = signed(dated(timestamp_of(snapshot, 1), now, self._expiries.timestamp_days), [online])
-            self._store.put_if_absent(TIMESTAMP_PATH, stamp.data)
+            first = first._replace(data=self._store.get(metadata_path(Targets.type, 1)))
+        snapshot = self._write_snapshot(first, 1, [online])
+        stamp = signed(dated(timestamp_of(snapshot, 1), now, self._expiries.timestamp_days), [online])
+        self._store.put_if_absent(TIMESTAMP_PATH, stamp.data)
         return root.data
 
     def published(self) -> Published:
@@ -323,10 +323,10 @@ class TrustRepository:
         raise CorruptLakeError(f"{VERSIONS_MAX} snapshots are in {METADATA} that nobody refers to; remove them")
 
     def _same_keys(self, wanted: Root) -> Document:
-        there = self_signed(self._store.get(root_path(1)))
-        if {role: set(v.keyids) for role, v in there.signed.roles.items()} != {
-            role: set(v.keyids) for role, v in wanted.roles.items()
-        }:
+        """The newest root, where its keys are those that are wanted."""
+        there = read_roots(self._store, self._anchor)[-1]
+        roles = {role: set(named.keyids) for role, named in there.signed.roles.items()}
+        if roles != {role: set(named.keyids) for role, named in wanted.roles.items()}:
             raise ConfigurationError(
                 f"lake {self._store.url} has a repository with other keys already; use those, change them with "
                 "`headwater keys rotate`, or move the folder models/ away"

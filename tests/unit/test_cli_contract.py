@@ -44,6 +44,15 @@ CONTRACT = {
     "train export": "RECIPE --lake --work --json",
     "train release": "RECIPE --lake --work --json",
     "train run": "RECIPE --lake --work --keys --json",
+    "keys init": "--lake --data --keys --root-keys --root-threshold --json",
+    "keys show": "--lake --data --keys --json",
+    "keys rotate": "--lake --data --keys --stolen --json",
+    "keys renew": "--lake --data --keys --json",
+    "release list": "--stream --since --device --lake --data --json",
+    "release show": "--lake --data --json",
+    "release diff": "--lake --data --json",
+    "release approve": "--why --by --keys --lake --data --json",
+    "release retire": "--why --by --keys --lake --data --json",
 }
 
 
