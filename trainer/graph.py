@@ -85,8 +85,8 @@ BANDS_MAX: Final = 64
 FEATURES_MAX: Final = 4_096
 FEATURE_MAX: Final = 1e30
 """Magnitude. Far inside float32, so that a scaler or a linear model after it does not overflow."""
-DEFAULT_BANDS: Final = tuple((low / 8, (low + 1) / 8) for low in range(8))
-"""Eight equal parts of what the sample rate can show, as fractions of the Nyquist frequency."""
+OCTAVES_MAX: Final = 8
+"""Bands where none are asked for: octaves down from the Nyquist frequency, and what lies below them."""
 _PACKET = 8
 """Values that rows are padded to: 64 bytes of float64, the widest vector register."""
 
@@ -101,7 +101,7 @@ class FeatureSpec:
     kinds: tuple[str, ...] = KINDS
     """Of `KINDS`."""
     bands: tuple[tuple[float, float], ...] = ()
-    """Edges in Hz, or fractions of the Nyquist frequency without `sample_rate_hz`; none means `DEFAULT_BANDS`."""
+    """Edges in Hz, or fractions of the Nyquist frequency without `sample_rate_hz`; none means octaves."""
     sample_rate_hz: float | None = None
 
     def names(self) -> tuple[str, ...]:
@@ -125,12 +125,10 @@ class FeatureSpec:
         """The bands in their unit."""
         if self.bands:
             return self.bands
-        nyquist = self.nyquist()
-        # A short window has too few bins for eight bands: one band per bin then.
-        parts = min(len(DEFAULT_BANDS), self.rows // 2)
-        if parts == len(DEFAULT_BANDS):
-            return tuple((low * nyquist, high * nyquist) for low, high in DEFAULT_BANDS)
-        return tuple((part / parts * nyquist, (part + 1) / parts * nyquist) for part in range(parts))
+        # Of a short window, the lowest octaves would hold no bin; the first is `2 / rows`.
+        octaves = min(OCTAVES_MAX, max(1, math.ceil(math.log2(self.rows / 2))))
+        tops = [2.0**-octave * self.nyquist() for octave in reversed(range(octaves))]
+        return tuple(zip([0.0, *tops[:-1]], tops, strict=True))
 
 
 def check_spec(spec: FeatureSpec) -> None:
