@@ -51,7 +51,8 @@ def check_person(who: str, why: str) -> None:
         raise ConfigurationError(f"who = {who[:80]!r} names nobody; say who does this, in at most {WHO_MAX} characters")
     if not why.strip() or len(why) > TEXT_MAX:
         raise ConfigurationError(
-            f"why = {why[:80]!r} is no reason; say in 1 to {TEXT_MAX:,} characters why: it stands in control/rollouts"
+            f"why = {why[:80]!r} is no reason; say why (--why) in 1 to {TEXT_MAX:,} characters: it stands in "
+            "control/rollouts"
         )
 
 
