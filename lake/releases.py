@@ -246,7 +246,7 @@ class Releases:
     def publish(self, draft: Manifest, *, who: str, why: str) -> Release:
         """Make a release of artifacts that were put before, in state DRAFT.
 
-        Its version becomes the next of its model. A release with the same content, but for version and date, is not
+        Its version becomes the next of its model. A release with the same content, but for version, parent and date, is not
         made twice: a trainer that was killed after it published finds its own.
 
         Args:
@@ -386,7 +386,7 @@ def _created(event: ReleaseEvent) -> Release | None:
 
 
 def _content(manifest: Manifest) -> Manifest:
-    return msgspec.structs.replace(manifest, version=1, created_at_us=0)
+    return msgspec.structs.replace(manifest, version=1, created_at_us=0, parent=None)
 
 
 def _artifact_object(sha256: str) -> str:

@@ -61,6 +61,8 @@ class StepContext:
     """Revision of the source, or the version that is installed."""
     keys: Path | None = None
     """Folder with the offline keys, where the release may be approved at once."""
+    passphrase: bytes | None = field(default=None, repr=False)
+    """Of those keys, where they are encrypted."""
     into: Path = Path()
     """Where the step that runs writes its files."""
     pins: Mapping[str, int] = field(default_factory=dict)

@@ -160,6 +160,7 @@ def _context(
     from lake.credentials import require_credentials
     from lake.duck import QuerySettings
     from lake.query import Lake
+    from lake.trust.keys import PASSPHRASE_VARIABLE
     from trainer.files import locked
     from trainer.progress import NOBODY
     from trainer.provenance import revision
@@ -184,6 +185,7 @@ def _context(
                 recipe_text=path.read_text(encoding="utf-8"),
                 code=revision(),
                 keys=keys,
+                passphrase=os.environ.get(PASSPHRASE_VARIABLE, "").encode() or None,
             )
         finally:
             opened.close()

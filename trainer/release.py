@@ -1,0 +1,188 @@
+"""The step `release`: what was exported and evaluated becomes a release in the lake, in DRAFT.
+
+Where the recipe's policy says so, the targets are met and the offline keys are at hand, it is approved at once.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, TypeVar
+
+import msgspec
+
+from contract.errors import ConfigurationError
+from contract.models import Artifact, Dataset, Manifest, Metric, Probe, Window
+from lake.approval import Approver, approve
+from lake.releases import Release, Releases, ReleaseState, put_files
+from lake.trust.keys import KeyFolder
+from lake.trust.repository import TrustRepository
+from trainer.errors import TrainingError
+from trainer.provenance import packages
+from trainer.steps import Outputs, StepContext
+
+WHO = "headwater train"
+Read = TypeVar("Read")
+
+
+class ExportedFile(msgspec.Struct, frozen=True):
+    """A file in the folder of the step `export`."""
+
+    file: str
+    score_tolerance: float = 0.0
+    """Of the probe."""
+
+
+class ExportResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What the step `export` has to say; it may say more."""
+
+    task: str
+    family: str
+    stream: str
+    fields: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    window: Window
+    sample_rate_hz: float | None
+    classes: tuple[str, ...]
+    threshold: float | None
+    features: tuple[str, ...]
+    opset: int
+    ir: int
+    model: ExportedFile
+    probe: ExportedFile
+    reference: ExportedFile
+
+
+class DatasetResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What the step `dataset` has to say."""
+
+    streams: dict[str, int]
+    sha256: str
+    windows: int
+
+
+class EvaluateResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What the step `evaluate` has to say."""
+
+    metrics: tuple[Metric, ...]
+    target_met: bool
+
+
+def step(context: StepContext) -> Outputs:
+    """Put artifacts, manifest and row into the lake; approve where the policy allows.
+
+    Raises:
+        TrainingError: an earlier step said what no manifest can hold.
+        ConfigurationError: the manifest cannot be, or the keys are not the right ones.
+        StoreUnavailableError: the store did not answer; run the step again.
+    """
+    exported = _said(context, "export", ExportResult)
+    evaluated = _said(context, "evaluate", EvaluateResult)
+    releases = Releases(context.store)
+    folder = context.folder("export")
+    files = {name: folder / getattr(exported, name).file for name in ("model", "probe", "reference")}
+    with context.progress.track("publishing", len(files) + 1) as done:
+        artifacts = put_files(releases, files)
+        done(len(files))
+        draft = manifest_of(context, exported, evaluated, artifacts, _parent(releases, context.recipe.name))
+        release = releases.publish(draft, who=WHO, why=f"recipe {context.recipe.name}, code {context.code}")
+        done(1)
+    approved, why_not = _approved(context, releases, release, evaluated)
+    return {
+        "model": release.model,
+        "version": release.version,
+        "state": str(ReleaseState.APPROVED if approved else release.state),
+        "not_approved": why_not,
+        "sha256": release.manifest.artifact.sha256,
+        "manifest_sha256": release.manifest_sha256,
+        "parent": release.manifest.parent,
+        "metrics": [msgspec.to_builtins(metric) for metric in release.manifest.metrics],
+    }
+
+
+def manifest_of(
+    context: StepContext,
+    exported: ExportResult,
+    evaluated: EvaluateResult,
+    artifacts: dict[str, Artifact],
+    parent: int | None,
+) -> Manifest:
+    """The manifest; its version is given when it is published.
+
+    Raises:
+        TrainingError: the step `dataset` said what no manifest can hold.
+    """
+    dataset = _said(context, "dataset", DatasetResult)
+    try:
+        return Manifest(
+            model=context.recipe.name,
+            version=1,
+            artifact=artifacts["model"],
+            task=exported.task,
+            stream=exported.stream,
+            fields=exported.fields,
+            dtypes=exported.dtypes,
+            window=exported.window,
+            sample_rate_hz=exported.sample_rate_hz,
+            classes=exported.classes,
+            threshold=exported.threshold,
+            features=exported.features,
+            opset=exported.opset,
+            ir=exported.ir,
+            family=exported.family,
+            metrics=evaluated.metrics,
+            dataset=msgspec.convert(msgspec.to_builtins(dataset), Dataset),
+            recipe=context.recipe_text,
+            code=context.code,
+            seed=context.seed,
+            packages=packages(),
+            limits=context.recipe.limits,
+            probe=Probe(artifact=artifacts["probe"], score_tolerance=exported.probe.score_tolerance),
+            reference=artifacts["reference"],
+            parent=parent,
+            created_at_us=time.time_ns() // 1000,
+        )
+    except msgspec.ValidationError as error:
+        raise TrainingError(f"the dataset cannot stand in a manifest ({error}); run the step dataset again") from error
+
+
+def _said(context: StepContext, step: str, kind: type[Read]) -> Read:
+    outputs: dict[str, Any] = context.outputs(step)
+    try:
+        return msgspec.convert(outputs, kind)
+    except msgspec.ValidationError as error:
+        raise TrainingError(
+            f"the step {step} did not say what a release needs ({error}); run it again with this version: headwater "
+            f"train {step} RECIPE --force"
+        ) from error
+
+
+def _parent(releases: Releases, model: str) -> int | None:
+    """The newest approved version: that which the new one is trained to replace."""
+    versions = releases.approved(model)
+    return versions[-1] if versions else None
+
+
+def _approved(
+    context: StepContext, releases: Releases, release: Release, evaluated: EvaluateResult
+) -> tuple[bool, str]:
+    """Whether it was approved, and why not."""
+    if not context.recipe.policy.approve:
+        return False, "[policy] approve is not set"
+    if not evaluated.target_met:
+        return False, "the target of the recipe is not met"
+    if context.keys is None:
+        return False, "no --keys were given"
+    folder = KeyFolder(context.keys, context.passphrase)
+    try:
+        approver = Approver(
+            trust=TrustRepository(context.store, anchor=folder.anchor()),
+            targets=folder.read_if_any("targets"),
+            online=folder.read_if_any("online"),
+            who=WHO,
+        )
+        approve(releases, release.model, release.version, approver, "policy of the recipe: target met")
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"release {release.name} is in the lake as a draft, but not approved: {error}"
+        ) from error
+    return True, ""
