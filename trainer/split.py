@@ -169,6 +169,8 @@ def _drawn(
     """Groups in a drawn order, as long as they bring the number of windows nearer to what is wanted."""
     chosen, held = [], 0
     for number in draw.permutation(len(names)):
+        if len(chosen) >= len(names) - 2:
+            break  # two at least must train, or the folds could not go by group
         count = int(counts[number])
         if held + count <= limit and abs(held + count - wanted) < abs(held - wanted):
             chosen.append(str(names[number]))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -40,7 +40,8 @@ class WindowMeta(msgspec.Struct, frozen=True, kw_only=True):
     """Delta version of every table that was read, by stream (`watch`) or path (`control/labels`)."""
 
 
-class WindowSet(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class WindowSet:
     """Windows of all devices: by device, then in the order in which they were recorded."""
 
     windows: Float32s
