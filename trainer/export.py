@@ -4,10 +4,8 @@
 `probe.arrow`     64 judged windows with the answers that are expected, an Arrow IPC file: `window:
                   fixed_size_list<float32>[W * C]` row by row, `score: list<float32>`, `label: int64`,
                   `nan_count: int64`, `features: list<float32>`
-`reference.json`  distributions in training: `{"v": 1, "features": [{"name", "quantiles": [101 values at 0 to 100 %],
-                  "nan_share"}], "scores": {"quantiles"}, "labels": {class: share}, "nan_windows": share}`. The score of
-                  a classification is that of the chosen class; `nan_share` is the share of NaN of a feature, which this
-                  graph never gives, `nan_windows` that of windows with a value missing
+`reference.json`  distributions in training (see `lake.monitoring.reference`). The score of a classification is that of
+                  the chosen class
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +31,7 @@ from contract.models import (
     OUTPUT_NAN_COUNT,
     OUTPUT_SCORE,
 )
+from lake.monitoring.reference import Reference, encode_reference, make_reference
 from trainer.candidates import Trained
 from trainer.convert import convert
 from trainer.errors import TrainingError
@@ -54,7 +52,6 @@ ONNX_FILE = "model.onnx"
 PROBE_FILE = "probe.arrow"
 REFERENCE_FILE = "reference.json"
 PROBE_WINDOWS = 64
-QUANTILES = 101
 REFERENCE_ROWS_MAX = 200_000
 
 
@@ -180,33 +177,20 @@ def write_probe(path: Path, expected: Expected) -> None:
         writer.write_table(table)
 
 
-def reference_of(dataset: WindowSet, material: Material, trained: Trained, rows: Int64s) -> dict[str, Any]:
-    """Distributions of features and scores over training windows, in the form that `lake.monitoring` reads."""
+def reference_of(dataset: WindowSet, material: Material, trained: Trained, rows: Int64s) -> Reference:
+    """Distributions of features and scores over training windows, what devices are measured against later."""
     rows = rows[evenly(len(rows), REFERENCE_ROWS_MAX)]
-    features = material.features[np.ix_(rows, trained.columns)]
     scores = trained.scores(material.features[rows])
     labels = labels_of(scores, trained.threshold)
-    names = [material.names[column] for column in trained.columns]
-    told = scores if scores.ndim == 1 else scores[np.arange(len(scores)), labels]
-    classes = material.classes or ("0", "1")
-    return {
-        "v": 1,
-        "features": [
-            {
-                "name": name,
-                "quantiles": _quantiles(features[:, number]),
-                "nan_share": float(np.isnan(features[:, number]).mean()),
-            }
-            for number, name in enumerate(names)
-        ],
-        "scores": {"quantiles": _quantiles(told)},
-        "labels": {name: float(np.mean(labels == number)) for number, name in enumerate(classes)},
-        "nan_windows": float(np.mean(~np.isfinite(dataset.windows[rows]).all(axis=(1, 2)))),
-    }
-
-
-def _quantiles(values: Float32s) -> list[float]:
-    return [float(value) for value in np.quantile(values.astype(np.float64), np.linspace(0.0, 1.0, QUANTILES))]
+    return make_reference(
+        material.features[np.ix_(rows, trained.columns)],
+        scores if scores.ndim == 1 else scores[np.arange(len(scores)), labels],
+        # An anomaly is what drift looks like: its windows must not be compared with each other only.
+        np.array(material.classes)[labels] if material.classes else None,
+        names=[material.names[column] for column in trained.columns],
+        groups=dataset.devices[rows],
+        nan_windows=float(np.mean(~np.isfinite(dataset.windows[rows]).all(axis=(1, 2)))),
+    )
 
 
 def step(context: StepContext) -> Outputs:
@@ -227,7 +211,7 @@ def step(context: StepContext) -> Outputs:
     probes = rows[evenly(len(rows), PROBE_WINDOWS)]
     write_probe(context.into / PROBE_FILE, expected_answers(material, trained, dataset.windows, probes))
     reference = reference_of(dataset, material, trained, split.train)
-    (context.into / REFERENCE_FILE).write_text(json.dumps(reference, allow_nan=False), encoding="utf-8")
+    (context.into / REFERENCE_FILE).write_bytes(encode_reference(reference))
     return {
         "task": recipe.task,
         "family": trained.family,

@@ -15,6 +15,7 @@ import msgspec
 from contract.models import WINDOW_CELLS_MAX, Cost, Trial, Window
 from contract.names import is_name
 from contract.settings import convert, read_toml
+from lake.monitoring import policy
 from trainer.errors import RecipeError
 
 Task = Literal["classification", "anomaly"]
@@ -183,16 +184,8 @@ class Thresholds(Part, frozen=True, kw_only=True):
     """Windows that are, to the bit, on both sides of the split."""
 
 
-class Retrain(Part, frozen=True, kw_only=True):
-    """When to learn again; what is not given does not trigger."""
-
-    drift: bool = True
-    """A drift alert of this model."""
-    new_rows: Count | None = None
-    """So many rows since the last training."""
-    every_s: Annotated[float, msgspec.Meta(ge=60)] | None = None
-    pause_s: Annotated[float, msgspec.Meta(ge=0)] = 3_600.0
-    """Shortest time between two trainings."""
+class Retrain(policy.Retrain, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When to learn again. Gateways read it out of the manifest."""
 
 
 class Policy(Part, frozen=True, kw_only=True):

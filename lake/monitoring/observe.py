@@ -6,6 +6,7 @@ Pure: rows and references are handed in. Everything kept is bounded: devices, wi
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
@@ -128,9 +129,16 @@ class Observer:
                 found[device] = max(found.get(device, (-1, 0)), (recent.rows[-1].end_us, release))
         return {device: release for device, (_, release) in found.items()}
 
-    def add(self, rows: Predictions) -> None:
-        """See new rows."""
+    def add(self, rows: Predictions, mine: Callable[[str], bool] = lambda device: True) -> None:
+        """See new rows.
+
+        Args:
+            rows: in the order in which they came.
+            mine: whose devices count.
+        """
         for number, device in enumerate(rows.device):
+            if not mine(device):
+                continue
             key = int(rows.release[number]), device
             recent = self._recent.get(key)
             if recent is None:
@@ -171,9 +179,11 @@ class Observer:
         return self._recent[key].detector is None
 
     def set_baseline(self, key: tuple[int, str], baseline: Baseline) -> None:
-        """Begin to detect."""
+        """Begin to detect, with what is remembered."""
         recent = self._recent[key]
         recent.detector, recent.first = Detector(baseline), []
+        for value, label in recent.sampled:
+            recent.detector.add(value, label)
 
     def measure(self, key: tuple[int, str], reference: Reference | None, psi_max: float, overlap: float) -> Figures:
         """Figures of a release on a device.

@@ -67,8 +67,10 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
     """What `reference.json` holds."""
 
     v: int = 1
-    windows: int
+    windows: int = 1_000
     """Training windows it was made of."""
+    nan_windows: float = 0.0
+    """Part of them with a value missing."""
     features: tuple[FeatureReference, ...]
     scores: Scores
     labels: dict[str, float] = {}
@@ -96,6 +98,7 @@ def make_reference(
     *,
     names: Sequence[str] | None = None,
     groups: Sequence[str] | npt.NDArray[np.str_] | None = None,
+    nan_windows: float = 0.0,
 ) -> Reference:
     """Measure the training windows.
 
@@ -105,6 +108,7 @@ def make_reference(
         labels: `[N]` as the model says them ("" for none); None or empty where it has no labels.
         names: of the features; None: `f0`, `f1`, …
         groups: `[N]`: device or person; None where it is not known, and no spread is measured.
+        nan_windows: part of the windows with a value missing.
 
     Raises:
         ConfigurationError: there is no window, or the shapes do not fit each other.
@@ -116,7 +120,7 @@ def make_reference(
     said = np.array([""] * len(values) if labels is None or not len(labels) else labels, dtype=np.str_)
     if len(said) != len(values):
         raise ConfigurationError(f"there are {len(values)} windows but {len(said)} labels; give one for each")
-    whole = _measured(names, values, said)
+    whole = msgspec.structs.replace(_measured(names, values, said), nan_windows=nan_windows)
     if groups is None:
         return whole
     if len(groups) != len(values):
