@@ -142,6 +142,8 @@ class _Server(socketserver.BaseServer):
         self.socket = _listening(address, listen)
         self._made = _identity(address.path)
         self._pool = ThreadPoolExecutor(THREADS_MAX, "models-endpoint")
+        self._porter = ThreadPoolExecutor(1, "models-endpoint-full")
+        self._turned_away = 0
 
     def fileno(self) -> int:
         """For the selector."""
@@ -155,13 +157,26 @@ class _Server(socketserver.BaseServer):
         """Give a connection to a thread, or refuse it."""
         with self._lock:
             full = len(self._ends_s) >= CONNECTIONS_MAX
-            if not full:
+            lost = full and self._turned_away >= CONNECTIONS_MAX
+            if full:
+                self.refused += 1
+                self._turned_away += not lost
+            else:
                 self._ends_s[request] = time.monotonic() + CONNECTION_S
-        if full:
-            self.refused += 1
-            _turn_away(request)
+        if lost:
+            request.close()
+        elif full:
+            self._porter.submit(self._refuse, request)
         else:
             self._pool.submit(self._serve, request, client_address)
+
+    def _refuse(self, request: socket.socket) -> None:
+        try:
+            _turn_away(request)
+        finally:
+            with self._lock:
+                self._turned_away -= 1
+            request.close()
 
     def _serve(self, request: socket.socket, client_address: Any) -> None:
         try:
@@ -190,7 +205,8 @@ class _Server(socketserver.BaseServer):
             left = list(self._ends_s)
         for connection in left:
             _cut(connection)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._porter):
+            pool.shutdown(wait=False, cancel_futures=True)
         path = cast("Address", self.server_address).path
         if path and self._made is not None and _identity(path) == self._made:
             Path(path).unlink(missing_ok=True)
@@ -255,16 +271,8 @@ class _Handler(BaseHTTPRequestHandler):
     def finish(self) -> None:
         """Read on after a refusal: a client that finds the connection closed while it sends never sees why."""
         super().finish()
-        if self._read_whole:
-            return
-        self.connection.settimeout(LINGER_S)
-        left = DISCARDED_BYTES_MAX
-        try:
-            self.connection.shutdown(socket.SHUT_WR)
-            while left > 0 and (read := len(self.connection.recv(_CHUNK))):
-                left -= read
-        except OSError:
-            pass
+        if not self._read_whole:
+            _linger(self.connection)
 
     def _send(self, found: Answer) -> None:
         self.send_response(found.status)
@@ -333,20 +341,29 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _turn_away(connection: socket.socket) -> None:
-    """Say 503 without waiting for the client."""
+    """Say 503, and read what the client still sends, so that it hears it."""
     head = (
         b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
         b"Connection: close\r\nContent-Length: " + str(len(_BUSY)).encode() + b"\r\n\r\n"
     )
     try:
-        connection.setblocking(False)
+        connection.settimeout(LINGER_S)
         connection.sendall(head + _BUSY)
-        connection.shutdown(socket.SHUT_WR)
-        connection.recv(_CHUNK)  # what is left unread makes TCP drop the answer
+        _linger(connection)
     except OSError:
         pass
-    finally:
-        connection.close()
+
+
+def _linger(connection: socket.socket) -> None:
+    """Whoever finds a connection closed while it sends never sees why: read on, for a while."""
+    connection.settimeout(LINGER_S)
+    left = DISCARDED_BYTES_MAX
+    try:
+        connection.shutdown(socket.SHUT_WR)
+        while left > 0 and (read := len(connection.recv(_CHUNK))):
+            left -= read
+    except OSError:
+        pass
 
 
 def _cut(connection: socket.socket) -> None:

@@ -7,6 +7,7 @@ no bound on requests; no eviction; the body read without a bound; a manifest's f
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 
@@ -123,6 +124,19 @@ def test_what_cannot_be_answered_is_refused_with_a_remedy(served, method, path, 
     found, refusal = served.ask(method, path, data)
     assert (found, list(refusal)) == (status, ["error"]), refusal
     assert said in refusal["error"]
+
+
+@pytest.mark.parametrize(
+    ("header", "sent"),
+    [(b"Content-Length: 99999999999", b""), (b"Transfer-Encoding: chunked", b"1100000\r\n" + b" " * 17_000_000)],
+)
+def test_a_body_too_large_is_refused_before_its_end(served, header, sent):
+    """Neither has an end: whoever read it whole would not answer."""
+    with socket.create_connection(("127.0.0.1", served.gateway.port), timeout=5) as connection:
+        connection.sendall(
+            b"POST " + INFER.encode() + b" HTTP/1.1\r\nHost: localhost\r\n" + header + b"\r\n\r\n" + sent
+        )
+        assert b" 413 " in connection.recv(4_096).split(b"\r\n")[0]
 
 
 def test_a_model_that_hangs_is_ended_and_the_gateway_goes_on(served):

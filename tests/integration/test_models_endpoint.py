@@ -163,6 +163,17 @@ def test_a_body_far_too_large_is_answered_although_it_is_not_read_into_memory(se
     assert (status, "8192 bytes" in refusal["error"]) == (413, True)
 
 
+def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(served):
+    connection = served.connect()
+    connection.connect()
+    connection.sock.sendall(
+        b"POST /v2/models/shaker/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999\r\n\r\n"
+    )
+    connection.sock.settimeout(2)
+    assert b"413" in connection.sock.recv(4_096).split(b"\r\n")[0]
+    connection.close()
+
+
 def test_a_worker_that_is_busy_is_told_at_once(served, models):
     models.refusal = Unanswered(503, "the worker of shaker is busy; try again in a moment")
     began_s = time.monotonic()
