@@ -246,8 +246,8 @@ class Releases:
     def publish(self, draft: Manifest, *, who: str, why: str) -> Release:
         """Make a release of artifacts that were put before, in state DRAFT.
 
-        Its version becomes the next of its model. A release with the same content, but for version, parent and date, is not
-        made twice: a trainer that was killed after it published finds its own.
+        Its version becomes the next of its model. A release of the same content, but for version, parent and date, is
+        not made twice: a trainer that was killed after it published finds its own.
 
         Args:
             draft: the manifest; its `version` counts for nothing.

@@ -277,7 +277,7 @@ class Store:
             if self._folder is not None:
                 return _replace_locally(self._folder / path, data, tag, self.settings.fsync)
             try:
-                obstore.put(self._objects, path, data, mode={"e_tag": tag, "version": None}, use_multipart=False)
+                obstore.put(self._objects, path, data, mode={"e_tag": tag}, use_multipart=False)
             except PreconditionError:
                 return False
         return True

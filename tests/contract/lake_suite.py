@@ -344,6 +344,42 @@ class StoreSuite:
         with pytest.raises(ObjectMissingError, match="x/1"):
             store.get("x/1")
 
+    def test_of_many_that_replace_what_they_saw_one_does(self, store: Store) -> None:
+        store.put("models/pointer", b"0")
+        seen = store.get_tagged("models/pointer")
+        assert seen.data == b"0"
+        assert store.replace("models/pointer", b"1", seen.tag)
+        assert not store.replace("models/pointer", b"2", seen.tag)
+        assert store.get("models/pointer") == b"1"
+        counted: list[int] = []
+
+        def count() -> None:
+            for _ in range(5):
+                while True:
+                    now = store.get_tagged("models/pointer")
+                    number = int(now.data) + 1
+                    if store.replace("models/pointer", str(number).encode(), now.tag):
+                        counted.append(number)
+                        break
+
+        counters = [threading.Thread(target=count) for _ in range(4)]
+        for counter in counters:
+            counter.start()
+        for counter in counters:
+            counter.join(60)
+        assert sorted(counted) == list(range(2, 22))
+        assert store.get("models/pointer") == b"21"
+
+    def test_parts_of_an_object_are_read_and_its_size_is_known(self, store: Store) -> None:
+        store.put("models/big", bytes(range(256)) * 10)
+        assert store.size("models/big") == 2_560
+        assert store.get_range("models/big", 255, 3) == b"\xff\x00\x01"
+        assert store.get_range("models/big", 2_550, 100) == bytes(range(246, 256))
+        with pytest.raises(ObjectMissingError):
+            store.size("models/none")
+        with pytest.raises(ObjectMissingError):
+            store.get_tagged("models/none")
+
     def test_the_first_of_many_writers_wins(self, store: Store) -> None:
         won: list[bytes] = []
 
