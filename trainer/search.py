@@ -92,9 +92,9 @@ class _Folds:
         self._rankings: dict[int, Int64s] = {}
 
     def ranking(self, number: int) -> Int64s:
-        """Of the training windows of a fold; -1 for all of the split."""
+        """Of the training windows of a fold."""
         if number not in self._rankings:
-            rows = self._split.train if number < 0 else self._split.folds[number].train
+            rows = self._split.folds[number].train
             labels = None if self._material.labels is None else self._material.labels[rows]
             method = self._recipe.features.select
             self._rankings[number] = rank(self._material.features[rows], labels, method, self._seed)
@@ -118,7 +118,18 @@ class _Folds:
 
     def final(self, candidate: Candidate) -> Trained:
         """Fitted on all training windows."""
-        return train(self._material, candidate, self._split.train, self.ranking(-1), self._recipe, self._seed)
+        return fit_candidate(self._material, self._split.train, self._recipe, self._seed, candidate)
+
+
+def fit_candidate(material: Material, rows: Int64s, recipe: Recipe, seed: int, candidate: Candidate) -> Trained:
+    """Choose features in some windows, and fit a candidate on them.
+
+    Raises:
+        TrainingError: it cannot be fitted.
+    """
+    labels = None if material.labels is None else material.labels[rows]
+    ranking = rank(material.features[rows], labels, recipe.features.select, seed)
+    return train(material, candidate, rows, ranking, recipe, seed)
 
 
 def check_folds(material: Material, split: Split) -> None:
