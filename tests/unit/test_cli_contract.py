@@ -53,6 +53,17 @@ CONTRACT = {
     "release diff": "--lake --data --json",
     "release approve": "--why --by --keys --lake --data --json",
     "release retire": "--why --by --keys --lake --data --json",
+    "rollout start": (
+        "--stages --to --share --bake --max-wait --guard --previous --approval --spec --draft --supersede --why --by "
+        "--lake --data --json"
+    ),
+    "rollout status": "--watch --url --lake --data --json",
+    "rollout pause": "ROLLOUT --why --by --lake --data --json",
+    "rollout resume": "ROLLOUT --why --by --lake --data --json",
+    "rollout approve": "ROLLOUT --why --by --lake --data --json",
+    "rollout abort": "ROLLOUT --rollback --why --by --lake --data --json",
+    "rollout rollback": "ROLLOUT --why --by --lake --data --json",
+    "rollout history": "--lake --data --json",
 }
 
 
