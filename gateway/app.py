@@ -28,6 +28,7 @@ from gateway.ingress import Ingress
 from gateway.metrics import GatewayMetrics
 from gateway.models import ModelCache
 from gateway.models_http import ModelFiles
+from gateway.monitoring import Monitoring
 from gateway.mqtt import UNACKED_MAX, Link
 from gateway.quarantine import QuarantineQueue, QuarantineWriter
 from gateway.registry import FILTERS, Registry
@@ -141,6 +142,14 @@ class Gateway:
         self._ingress = Link(
             settings.broker, "ingress", replica, settings.up_filters, ingress.receive, lambda: None, metrics, rng
         )
+        self._monitoring = Monitoring(
+            settings.monitoring,
+            shards=settings.shards,
+            gateway=name,
+            access=access,
+            metrics=metrics,
+            health=self._health,
+        )
         self._resigner = Resigner(settings.models, lambda: access.store, metrics)
         models = ModelCache(
             Kept(access, access.open_releases),
@@ -164,6 +173,7 @@ class Gateway:
             self._registry.thread,
             self._rollouts.thread,
             self._resigner.thread,
+            *([self._monitoring.thread] if settings.monitoring.interval_s > 0 else []),
             *self._pool.threads,
         )
         self._patience_s = dict.fromkeys(quick, SILENT_MAX_S) | dict.fromkeys(waiting, settings.stuck_after_s)
@@ -252,6 +262,7 @@ class Gateway:
         self._registry.start()
         self._rollouts.start()
         self._resigner.start()
+        self._monitoring.start()
         self._control.start()
         self._ingress.start()
 
@@ -289,6 +300,7 @@ class Gateway:
             ("batches", lambda: self._engine.drain(self._settings.drain_timeout_s)),
             ("workers", lambda: self._pool.close(1.0)),
             ("quarantine", lambda: self._quarantine.close(left_s() / 2)),
+            ("monitoring", lambda: self._monitoring.close(left_s() / 2)),
             ("rollouts", lambda: self._rollouts.close(left_s() / 2)),
             ("resigning", lambda: self._resigner.close(left_s() / 2)),
             ("registry", lambda: self._registry.close(left_s() / 2)),

@@ -28,6 +28,9 @@ class GatewayMetrics:
         def counter(name: str, help_text: str, *labels: str) -> Counter:
             return Counter(_PREFIX + name, help_text, labels, registry=registry)
 
+        def gauge(name: str, help_text: str, *labels: str) -> Gauge:
+            return Gauge(_PREFIX + name, help_text, labels, registry=registry)
+
         def histogram(name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(_PREFIX + name, help_text, buckets=buckets, registry=registry)
 
@@ -101,6 +104,25 @@ class GatewayMetrics:
         self.inference_seconds = histogram(
             "inference_seconds", "One inference request, from its head to its answer", _INFERENCE_BUCKETS_S
         )
+
+        # Releases at work.
+        self.monitoring_looks = counter("monitoring_looks_total", "Looks at releases at work")
+        self.monitoring_rows = counter("monitoring_rows_total", "Predictions looked at")
+        self.alerts = counter("alerts_total", "Alerts that this gateway opened or closed", "model", "kind", "event")
+        self.alerts_open = gauge("alerts_open", "Alerts that are open", "model", "kind")
+        self.triggers = counter("triggers_total", "Trainings that this gateway asked for", "model", "kind")
+        release = ("model", "release")
+        self.model_devices = gauge("model_devices", "Devices of this gateway that run the release", *release)
+        self.model_rate = gauge("model_windows_per_second", "Windows that these score, by their clocks", *release)
+        self.model_latency_p99 = gauge("model_latency_p99_seconds", "Of the slowest device", *release)
+        self.model_nan_share = gauge("model_nan_share", "Windows that lack values; of the worst device", *release)
+        self.model_psi = gauge("model_psi", "PSI of the most drifted feature; of the worst device", *release)
+        self.model_ks = gauge("model_ks", "KS of the most drifted features; of the worst device", *release)
+        self.model_score_psi = gauge("model_score_psi", "PSI of the score; of the worst device", *release)
+        self.model_drifted_share = gauge("model_drifted_share", "Features that drifted; of the worst device", *release)
+        self.model_change = gauge("model_change", "Sum of the change detector; of the worst device", *release)
+        self.model_accuracy = gauge("model_accuracy", "Labelled windows that the release got right", *release)
+        self.model_label_coverage = gauge("model_label_coverage", "Windows that are labelled", *release)
         ProcessCollector(namespace=_PREFIX.rstrip("_"), registry=registry)
 
     def watch(self, name: str, help_text: str, figure: Callable[[], float], limit: float | None = None) -> None:

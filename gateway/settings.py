@@ -184,6 +184,41 @@ class InferenceSettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields
         check_range("models_bytes_max", self.models_bytes_max, _MIB, 2**40)
 
 
+class MonitoringSettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Releases at work: drift, alerts, requests to learn again."""
+
+    interval_s: float = 60.0
+    """How often new predictions are looked at; 0: never."""
+    windows_min: int = 30
+    """A device with fewer windows is not judged; of features, fewer windows that carry them."""
+    windows_max: int = 300
+    """The latest windows of a device that figures are of."""
+    baseline_windows: int = 60
+    """The first windows with features of a release on a device, from which a change is measured."""
+    devices_max: int = 1_000
+    """Releases on devices in memory, each with up to `windows_max` windows."""
+    rows_max: int = 200_000
+    """Predictions of one model that one look reads; older ones are skipped and counted."""
+    accuracy_interval_s: float = 300.0
+    """How often predictions are joined with labels that came late."""
+    accuracy_hours: float = 168.0
+    """So old predictions are still joined."""
+    accuracy_rows_max: int = 500_000
+    """Predictions of one model that are joined, the latest."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        check_range("interval_s", self.interval_s, 0, 86_400)
+        check_range("windows_min", self.windows_min, 10, 100_000)
+        check_range("windows_max", self.windows_max, self.windows_min, 100_000)
+        check_range("baseline_windows", self.baseline_windows, 10, 100_000)
+        check_range("devices_max", self.devices_max, 1, 1_000_000)
+        check_range("rows_max", self.rows_max, 1_000, 10_000_000)
+        check_range("accuracy_interval_s", self.accuracy_interval_s, 0.1, 86_400)
+        check_range("accuracy_hours", self.accuracy_hours, 0.01, 87_600)
+        check_range("accuracy_rows_max", self.accuracy_rows_max, 1_000, 100_000_000)
+
+
 class LogSettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Logs, on stderr."""
 
@@ -243,6 +278,7 @@ class GatewaySettings(_Table, frozen=True, kw_only=True, forbid_unknown_fields=T
     models: ModelsSettings = msgspec.field(default_factory=ModelsSettings)
     rollouts: RolloutSettings = msgspec.field(default_factory=RolloutSettings)
     inference: InferenceSettings = msgspec.field(default_factory=InferenceSettings)
+    monitoring: MonitoringSettings = msgspec.field(default_factory=MonitoringSettings)
     log: LogSettings = msgspec.field(default_factory=LogSettings)
 
     def __post_init__(self) -> None:

@@ -17,8 +17,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from contract.errors import ConfigurationError
+from contract.names import PREDICTIONS_PREFIX
 from lake.duck import identifier, literal
-from lake.monitoring.feed import Predictions
+from lake.monitoring.feed import Predictions, parse, with_all_columns
 from lake.monitoring.policy import LabelSource
 from lake.query import Lake
 
@@ -167,6 +168,26 @@ def disjoint(rows: Sequence[tuple[int, int, str]]) -> Intervals:
         np.array([piece[1] for piece in pieces], np.int64),
         [piece[2] for piece in pieces],
     )
+
+
+def read_predictions(lake: Lake, model: str, since_us: int, rows_max: int) -> Predictions:
+    """The latest predictions.
+
+    Args:
+        lake: to ask.
+        model: whose.
+        since_us: not older, by the devices' clocks, microseconds since 1970-01-01 UTC.
+        rows_max: not more.
+
+    Raises:
+        UnknownStreamError: no device has predicted yet.
+        StoreUnavailableError: the store did not answer.
+    """
+    answer = lake.sql(
+        f"SELECT _device, release, window_start, ts, label FROM {identifier(PREDICTIONS_PREFIX + model)} "
+        f"WHERE ts >= make_timestamptz({since_us}) ORDER BY ts DESC LIMIT {rows_max}"
+    )
+    return parse(with_all_columns(answer))
 
 
 def measure(rows: Predictions, labels: Mapping[str, Intervals]) -> list[Accuracy]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from lake.monitoring.accuracy import Accuracy
 from lake.monitoring.ledger import TIMESTAMP, Ledger, Row, Table
 from lake.monitoring.observe import Figures
 
@@ -37,8 +38,8 @@ OPENED, CLOSED = "opened", "closed"
 CLOSE_BELOW = 0.8
 """An open alert counts as over only below this part of its threshold."""
 NAN_SHARE_MAX = 0.5
-LATENCY_FACTOR_MAX = 1.0
-"""Of the latency that the release's manifest allows."""
+ACCURACY_DROP_MAX = 0.1
+"""So much less than in its evaluation a release may be right."""
 
 
 class AlertKind(StrEnum):
@@ -119,7 +120,7 @@ def judge(model: str, figures: Figures, windows_min: int, latency_ms_max: float 
         found.append((AlertKind.NAN, "", figures.nan_share, NAN_SHARE_MAX, text))
         if latency_ms_max is not None:
             text = f"p99 latency {figures.latency_ms_p99:.1f} ms, the release allows {latency_ms_max:g} ms"
-            found.append((AlertKind.LATENCY, "", figures.latency_ms_p99, LATENCY_FACTOR_MAX * latency_ms_max, text))
+            found.append((AlertKind.LATENCY, "", figures.latency_ms_p99, latency_ms_max, text))
     return [
         Finding(
             Key(model, figures.release, figures.device, kind.value),
@@ -132,6 +133,22 @@ def judge(model: str, figures: Figures, windows_min: int, latency_ms_max: float 
         )
         for kind, feature, value, threshold, text in found
     ]
+
+
+def judge_accuracy(model: str, found: Accuracy, promised: float, windows_min: int) -> Finding | None:
+    """Whether a release is less right than its evaluation promised; None where too few windows are labelled."""
+    if found.accuracy is None or found.labelled < windows_min:
+        return None
+    least = promised - ACCURACY_DROP_MAX
+    return Finding(
+        Key(model, found.release, found.device, AlertKind.ACCURACY.value),
+        found.accuracy < least,
+        found.accuracy >= least + ACCURACY_DROP_MAX / 5,
+        "",
+        found.accuracy,
+        least,
+        f"right in {found.accuracy:.1%} of {found.labelled} labelled windows, in its evaluation in {promised:.1%}",
+    )
 
 
 class Hysteresis:

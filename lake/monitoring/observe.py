@@ -18,6 +18,7 @@ from lake.monitoring.drift import Distance, Mixture, compare, ks_noise, psi_nois
 from lake.monitoring.feed import Predictions
 from lake.monitoring.reference import SCORE, SPREAD_MARGIN, Reference, mixed, shares_of
 
+Float32s = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]
 TOP = 5
 """Features that are named."""
@@ -35,7 +36,7 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     """The latest windows that figures are of."""
     baseline_windows: int = 60
     """The first windows with features of a release on a device, which the detector measures from."""
-    devices_max: int = 10_000
+    devices_max: int = 1_000
     """Releases on devices in memory; beyond, the one heard of longest ago is forgotten."""
 
 
@@ -94,8 +95,9 @@ class _Recent:
 
     def __init__(self, bounds: Bounds) -> None:
         self.rows: deque[_Row] = deque(maxlen=bounds.windows_max)
-        self.sampled: deque[tuple[Float64s, str]] = deque(maxlen=bounds.windows_max)
-        self.first: list[tuple[Float64s, str]] = []
+        # As float32, which is what came, because these are most of the memory.
+        self.sampled: deque[tuple[Float32s, str]] = deque(maxlen=bounds.windows_max)
+        self.first: list[tuple[Float32s, str]] = []
         self.detector: Detector | None = None
         self.fresh = False
 
@@ -153,12 +155,12 @@ class Observer:
             recent.rows.append(_Row(int(rows.end_us[number]), int(rows.latency_us[number]), nan, score, label))
             features = rows.features[number]
             if features is not None:
-                self._sample(recent, np.append(features, score), label)
+                self._sample(recent, np.append(features, score).astype(np.float32), label)
 
-    def _sample(self, recent: _Recent, value: Float64s, label: str) -> None:
+    def _sample(self, recent: _Recent, value: Float32s, label: str) -> None:
         recent.sampled.append((value, label))
         if recent.detector is not None:
-            recent.detector.add(value, label)
+            recent.detector.add(value.astype(np.float64), label)
         elif len(recent.first) < self._bounds.baseline_windows:
             recent.first.append((value, label))
 
@@ -183,7 +185,7 @@ class Observer:
         recent = self._recent[key]
         recent.detector, recent.first = Detector(baseline), []
         for value, label in recent.sampled:
-            recent.detector.add(value, label)
+            recent.detector.add(value.astype(np.float64), label)
 
     def measure(self, key: tuple[int, str], reference: Reference | None, psi_max: float, overlap: float) -> Figures:
         """Figures of a release on a device.
@@ -244,11 +246,11 @@ class Observer:
             changes |= {"change": change.value, "change_feature": names[change.feature] if names else ""}
         return msgspec.structs.replace(figures, **changes)
 
-    def _fitting(self, sampled: list[tuple[Float64s, str]], reference: Reference) -> Float64s | None:
+    def _fitting(self, sampled: list[tuple[Float32s, str]], reference: Reference) -> Float64s | None:
         """`[N, F + 1]`; None where there are none, or rows have other features than the release was trained on."""
         if not sampled or any(len(value) != len(reference.features) + 1 for value, _ in sampled):
             return None
-        return np.array([value for value, _ in sampled])
+        return np.array([value for value, _ in sampled], dtype=np.float64)
 
 
 def _part(mixture: Mixture, features: slice) -> Mixture:

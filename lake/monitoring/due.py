@@ -1,0 +1,79 @@
+"""When it is time to learn again. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from contract.models import Manifest
+from lake.catalog import Catalog
+from lake.monitoring.alerts import DRIFT, Alert
+from lake.monitoring.policy import Retrain
+from lake.monitoring.triggers import TriggerKind
+from lake.raw import table_path
+from lake.releases import Release, ReleaseBook, ReleaseState
+
+NAMED_MAX = 3
+"""Alerts that a reason names."""
+
+
+class Reason(NamedTuple):
+    """Why now."""
+
+    kind: TriggerKind
+    why: str
+
+
+def current(book: ReleaseBook, model: str) -> Release | None:
+    """The release that a training would replace: the newest that is approved. None where there is none, or where a
+    newer draft waits for somebody to decide."""
+    for release in book.of_model(model):
+        if release.state is ReleaseState.DRAFT:
+            return None
+        if release.state is ReleaseState.APPROVED:
+            return release
+    return None
+
+
+def due(
+    retrain: Retrain, alerts: Sequence[Alert], *, new_rows: int | None, created_us: int, now_us: int
+) -> Reason | None:
+    """Whether a policy asks for a training now.
+
+    Args:
+        retrain: the policy of the current release.
+        alerts: those that are open for it.
+        new_rows: rows of its stream since its training; None where nobody counted.
+        created_us: when it was made.
+        now_us: wall clock.
+    """
+    drifted = [alert for alert in alerts if alert.key.kind in DRIFT]
+    if retrain.drift and drifted:
+        named = "; ".join(f"{alert.key.device or 'all devices'}: {alert.text}" for alert in drifted[:NAMED_MAX])
+        more = f" and {len(drifted) - NAMED_MAX} more" if len(drifted) > NAMED_MAX else ""
+        return Reason(TriggerKind.DRIFT, f"{named}{more}")
+    if retrain.new_rows is not None and new_rows is not None and new_rows >= retrain.new_rows:
+        return Reason(TriggerKind.VOLUME, f"{new_rows} rows since the training, the policy says {retrain.new_rows}")
+    age_s = (now_us - created_us) / 1e6
+    if retrain.every_s is not None and age_s >= retrain.every_s:
+        return Reason(TriggerKind.SCHEDULE, f"the release is {age_s:.0f} s old, the policy says {retrain.every_s:g} s")
+    return None
+
+
+def rows_at(catalog: Catalog, stream: str, version: int | None = None) -> int | None:
+    """Rows of a stream at a Delta version, None for the latest; None where there is no such table.
+
+    Raises:
+        QueryError: the table has no such version any more.
+        StoreUnavailableError: the store did not answer.
+    """
+    state = catalog.state(table_path(stream), version)
+    if state is None:
+        return None
+    return sum(count or 0 for count in catalog.files(state).column("num_records").to_pylist())
+
+
+def trained_version(manifest: Manifest) -> int | None:
+    """Delta version of the release's stream that it was trained on; None where the manifest does not say."""
+    streams = manifest.dataset.streams
+    return streams.get(manifest.stream, streams.get(table_path(manifest.stream)))
