@@ -22,7 +22,7 @@ Int64s = npt.NDArray[np.int64]
 BARS_MAX = 40
 POINTS_MAX = 400
 """Of one curve: a report of some hundred kilobytes."""
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "headwater",  # the same figures give the same file
     "font.size": 9,

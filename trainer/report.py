@@ -76,13 +76,13 @@ def _figures(evaluation: Evaluation) -> str:
     if (figures := evaluation.classification) is not None:
         rows = [_class_row("chosen model", figures)]
         rows += [_class_row(one.name, one.classification) for one in evaluation.baselines if one.classification]
-        heads = ("", "accuracy", "macro-F1", "balanced", "ROC AUC", "PR AUC", "log-loss", "calibration error")
+        class_table = ("", "accuracy", "macro-F1", "balanced", "ROC AUC", "PR AUC", "log-loss", "calibration error")
         classes = [
             (one.name, one.windows, one.precision, one.recall, one.f1, one.roc_auc, one.average_precision)
             for one in figures.classes
         ]
         class_heads = ("class", "windows", "precision", "recall", "F1", "ROC AUC", "PR AUC")
-        return f"<h2>Figures</h2>{_table(heads, rows)}<h2>Classes</h2>{_table(class_heads, classes)}\n"
+        return f"<h2>Figures</h2>{_table(class_table, rows)}<h2>Classes</h2>{_table(class_heads, classes)}\n"
     rows = []
     for name, judged, everything in [
         ("chosen model", evaluation.alarms, evaluation.alarms_all),
