@@ -164,6 +164,9 @@ def test_a_wrong_command_line_is_a_usage_error_on_stderr(capsys: pytest.CaptureF
         ((*SWARM, "--devices", "1", "--rate", "1", "--seconds", "0"), ("--seconds 0",)),
         (("simulate", "swarm", "--devices", "1", "--rate", "1", "--broker", "tcp://x"), ("tcp://x", "mqtt://")),
         (("simulate", "swarm", "--devices", "1", "--rate", "1"), ("--broker",)),
+        (("train", "run", "r.toml", "--until", "nothing"), ("--until 'nothing'", "dataset, checks, search")),
+        (("train", "run", "r.toml", "--force", "nothing"), ("--force 'nothing'", "release")),
+        (("train", "dataset", "none.toml"), ("none.toml", "recipe.toml")),
     ],
 )
 def test_a_wrong_setting_is_one_line_with_its_remedy_and_no_traceback(
