@@ -53,7 +53,9 @@ class Ledger:
         Raises:
             StoreUnavailableError: the store did not answer.
         """
-        table = self._open_table()
+        return self._look(self._open_table())
+
+    def _look(self, table: Table) -> list[Row]:
         table.refresh()
         if table.version != self._seen[0]:
             self._seen = table.version, rows_of(table.read())
@@ -73,13 +75,15 @@ class Ledger:
             StoreUnavailableError: the store did not answer; whether the rows are in is not known: look.
         """
         for attempt in range(1, ATTEMPTS_MAX + 1):
-            rows = self.look()
+            # One handle for looking and committing: it is what makes the check a check.
+            table = self._open_table()
+            rows = self._look(table)
             version = self._seen[0]
             added: list[Row] = [{**row, "sequence": version + 1} for row in decide(rows)]
             if not added:
                 return []
             try:
-                self._open_table().append(table_of(added, self._schema), expected=version)
+                table.append(table_of(added, self._schema), expected=version)
                 return added
             except CommitConflictError:
                 self._on_conflict()

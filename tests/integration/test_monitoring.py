@@ -1,0 +1,280 @@
+"""Releases at work, watched: predictions committed through `lake.raw` into a lake on disk, and the gateway over them.
+
+Mutants tried, each made a test here fail: alerts recorded without looking which are open; triggers requested without
+check-and-set; no pause after a training; baselines made anew at each start; devices of other gateways measured too;
+alerts of a release that the device no longer runs left open; hysteresis of one look.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from contract.limits import SHARDS
+from contract.names import shard_of
+from gateway.access import LakeAccess
+from gateway.metrics import GatewayMetrics
+from gateway.monitoring import Monitoring
+from gateway.settings import MonitoringSettings
+from gateway.watch import LakeHealth
+from lake.errors import StoreUnavailableError
+from lake.monitoring.alerts import PATH as ALERTS
+from lake.monitoring.alerts import SCHEMA as ALERTS_SCHEMA
+from lake.monitoring.triggers import PATH, SCHEMA, TriggerEvent, TriggerTable
+from lake.query import Lake
+from lake.store import Store
+from lake.tables import ControlTable
+from tests.monitoring_parts import MODEL, NOW_US, Device, World, labelled, reference, release, store_in
+
+SETTINGS = MonitoringSettings(interval_s=3600, windows_max=100, baseline_windows=40)
+DEVICES = ("watch-1", "watch-2", "watch-3")
+
+
+class Clock:
+    """Wall clock of all gateways."""
+
+    def __init__(self) -> None:
+        self.now_us = NOW_US + 3_600_000_000
+
+    def __call__(self) -> int:
+        return self.now_us
+
+
+@pytest.fixture
+def store(tmp_path):
+    return store_in(tmp_path / "lake")
+
+
+@pytest.fixture
+def world():
+    return World(np.random.default_rng(7))
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def gateway(store, clock, name="gateway-a", shards=range(SHARDS), settings=SETTINGS) -> Monitoring:
+    access = LakeAccess(store.settings, "", 86_400)
+    return Monitoring(
+        settings,
+        shards=shards,
+        gateway=name,
+        access=access,
+        metrics=GatewayMetrics(CollectorRegistry()),
+        health=LakeHealth(),
+        clock_us=clock,
+    )
+
+
+def figure(monitoring: Monitoring, name: str, **labels) -> float | None:
+    return monitoring._metrics.registry.get_sample_value(f"headwater_gateway_{name}", labels)
+
+
+def alerts(store) -> list[tuple[str, str, str]]:
+    rows = ControlTable(store, ALERTS, ALERTS_SCHEMA)
+    rows.refresh()
+    found = rows.read().sort_by([("sequence", "ascending")]).to_pylist()
+    return [(row["device"], row["kind"], row["event"]) for row in found]
+
+
+def triggers(store, clock=lambda: 0):
+    return TriggerTable(lambda: ControlTable(store, PATH, SCHEMA), "test", clock)
+
+
+def fleet(store, world, count=200) -> dict[str, Device]:
+    devices = {name: Device(store, name) for name in DEVICES}
+    for number, device in enumerate(devices.values()):
+        device.predict(*world.windows(count, own=0.1 * number))
+    return devices
+
+
+def test_a_fleet_as_in_training_raises_no_alert(store, world, clock):
+    release(store, reference(world))
+    devices = fleet(store, world)
+    watching = gateway(store, clock)
+    for _ in range(6):
+        assert watching.look()
+        for device in devices.values():
+            device.predict(*world.windows(40))
+    assert alerts(store) == []
+    assert figure(watching, "model_devices", model=MODEL, release="1") == 3
+    assert figure(watching, "model_windows_per_second", model=MODEL, release="1") == pytest.approx(3 / 0.64)
+    assert figure(watching, "model_psi", model=MODEL, release="1") < 1
+
+
+def test_drift_of_one_device_opens_alerts_once_and_asks_for_one_training(store, world, clock):
+    release(store, reference(world))
+    devices = fleet(store, world)
+    watching = gateway(store, clock)
+    assert watching.look()
+    for _ in range(4):
+        for name, device in devices.items():
+            device.predict(*world.windows(40, shift=4.0 if name == "watch-2" else 0.0))
+        assert watching.look()
+    found = alerts(store)
+    assert {(device, event) for device, _, event in found} == {("watch-2", "opened")}
+    assert {kind for _, kind, _ in found} == {"change", "features"}
+    assert len(found) == 2
+    (trigger,) = triggers(store).look().values()
+    assert (trigger.model, trigger.release, trigger.kind, trigger.event) == (MODEL, 1, "drift", TriggerEvent.REQUESTED)
+    assert "watch-2" in trigger.why
+    with_sql = Lake(store)
+    assert with_sql.sql("SELECT count(*) AS n FROM alerts").to_pylist() == [{"n": 2}]
+    assert with_sql.sql("SELECT event FROM triggers").to_pylist() == [{"event": "requested"}]
+    with_sql.close()
+
+
+def test_an_alert_closes_when_the_device_is_itself_again(store, world, clock):
+    release(store, reference(world))
+    devices = fleet(store, world)
+    watching = gateway(store, clock)
+    watching.look()
+    for shift in [4.0] * 3 + [0.0] * 6:
+        devices["watch-2"].predict(*world.windows(60, shift=shift))
+        assert watching.look()
+    found = alerts(store)
+    assert [event for _, kind, event in found if kind == "features"] == ["opened", "closed"]
+    assert [event for _, kind, event in found if kind == "change"] == ["opened", "closed"]
+
+
+def test_a_newer_release_on_the_device_closes_what_the_old_one_had_open(store, world, clock):
+    release(store, reference(world))
+    devices = fleet(store, world)
+    watching = gateway(store, clock)
+    watching.look()
+    for _ in range(3):
+        devices["watch-2"].predict(*world.windows(60, shift=4.0))
+        watching.look()
+    assert len(alerts(store)) == 2
+    release(store, reference(world), created_us=NOW_US + 1)
+    devices["watch-2"].version = 2
+    devices["watch-2"].predict(*world.windows(60))
+    watching.look()
+    assert sorted(event for _, _, event in alerts(store)) == ["closed", "closed", "opened", "opened"]
+
+
+def test_a_gateway_that_starts_after_the_change_still_measures_from_the_first_windows(store, world, clock):
+    release(store, reference(world))
+    devices = fleet(store, world)
+    gateway(store, clock).look()
+    # Within what training has seen of others, but not as this device was.
+    changed = 1.9
+    for _ in range(4):
+        devices["watch-2"].predict(*world.windows(60, shift=changed))
+    fresh = gateway(store, clock, "gateway-b")
+    fresh.look()
+    devices["watch-2"].predict(*world.windows(60, shift=changed))
+    fresh.look()
+    assert ("watch-2", "change", "opened") in alerts(store)
+
+
+def test_several_gateways_that_see_the_same_open_one_alert_and_ask_once(store, world, clock):
+    release(store, reference(world))
+    devices = fleet(store, world)
+    gateways = [gateway(store, clock, f"gateway-{number}") for number in range(3)]
+    for _ in range(4):
+        for watching in gateways:
+            watching.look()
+        devices["watch-2"].predict(*world.windows(60, shift=4.0))
+    threads = [threading.Thread(target=watching.look) for watching in gateways]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = alerts(store)
+    assert len(found) == len(set(found)) == 2
+    assert len(triggers(store).look()) == 1
+
+
+def test_a_gateway_watches_the_devices_of_its_shards_only(store, world, clock):
+    release(store, reference(world))
+    devices = fleet(store, world)
+    mine = shard_of("watch-1")
+    assert mine != shard_of("watch-2")
+    watching = gateway(store, clock, shards=[mine])
+    watching.look()
+    for _ in range(3):
+        devices["watch-2"].predict(*world.windows(60, shift=4.0))
+        watching.look()
+    assert alerts(store) == []
+    assert figure(watching, "monitored") == sum(shard_of(name) == mine for name in DEVICES)
+
+
+def test_after_a_training_the_policy_keeps_a_pause(store, world, clock):
+    release(store, reference(world))
+    devices = fleet(store, world)
+    watching = gateway(store, clock)
+    watching.look()
+    for _ in range(3):
+        devices["watch-2"].predict(*world.windows(60, shift=4.0))
+        watching.look()
+    trainer = triggers(store, clock)
+    claimed = trainer.claim(MODEL, 60)
+    trainer.finish(claimed.name, TriggerEvent.DONE, "not better", {})
+    clock.now_us += 59_000_000
+    watching.look()
+    assert len(trainer.look()) == 1
+    clock.now_us += 2_000_000
+    watching.look()
+    assert len(trainer.look()) == 2
+
+
+def test_a_draft_that_waits_for_a_person_keeps_further_trainings_away(store, world, clock):
+    release(store, reference(world), recipe="[policy.retrain]\nevery_s = 60")
+    release(store, reference(world), approved=False, created_us=NOW_US + 1)
+    gateway(store, clock).look()
+    assert triggers(store).look() == {}
+
+
+def test_time_and_volume_ask_for_a_training_too(store, world, clock):
+    release(store, reference(world), recipe="[policy.retrain]\nevery_s = 3601")
+    watching = gateway(store, clock)
+    watching.look()
+    assert triggers(store).look() == {}
+    clock.now_us += 1_000_000
+    watching.look()
+    (trigger,) = triggers(store).look().values()
+    assert trigger.kind == "schedule"
+
+
+def test_labels_that_come_late_give_accuracy_and_its_alert(store, world, clock):
+    release(store, reference(world))
+    devices = fleet(store, world)
+    settings = MonitoringSettings(interval_s=3600, accuracy_interval_s=0.1)
+    watching = gateway(store, clock, settings=settings)
+    watching.look()
+    assert figure(watching, "model_accuracy", model=MODEL, release="1") is None
+    device = devices["watch-1"]
+    begin = device.now_us
+    device.predict(*world.windows(50, label="walk"))
+    device.predict(*world.windows(50, label="run"))
+    # The truth: walking all the time, and for as long as is known.
+    labelled(store, "watch-1", [(begin, "walk"), (begin, "walk"), (device.now_us + 1, "run")])
+    watching._judged_s = None
+    watching.look()
+    # The first two windows began before the label did.
+    assert figure(watching, "model_accuracy", model=MODEL, release="1") == pytest.approx(49 / 99)
+    assert figure(watching, "model_label_coverage", model=MODEL, release="1") == pytest.approx(99 / 700)
+    assert alerts(store) == [("watch-1", "accuracy", "opened")]
+
+
+def test_a_lake_that_does_not_answer_is_told_and_tried_again(store, world, clock, monkeypatch):
+    release(store, reference(world))
+    fleet(store, world)
+    watching = gateway(store, clock)
+    with monkeypatch.context() as patch:
+        # As an object store that is down: every read fails, whatever was opened before.
+        patch.setattr(Store, "get", unavailable)
+        patch.setattr(Store, "size", unavailable)
+        assert not watching.look()
+    assert watching.look()
+    assert figure(watching, "model_devices", model=MODEL, release="1") == 3
+
+
+def unavailable(self, path):
+    raise StoreUnavailableError(f"cannot read {path} in {self.url}: connection refused")
