@@ -16,7 +16,7 @@ import typer
 
 from contract.errors import HeadwaterError
 from headwater import output
-from headwater.commands import agent, doctor, gateway, keys, lake, release, rollout, simulate, stack, train
+from headwater.commands import agent, doctor, gateway, keys, lake, predict, release, rollout, simulate, stack, train
 from headwater.exits import Exit, exit_of
 
 EPILOG = (
@@ -60,6 +60,7 @@ def build() -> typer.Typer:
     app.command()(stack.demo)
     for module in (agent, gateway, lake, simulate, train, keys, release, rollout):
         app.add_typer(module.app)
+    app.command()(predict.predict)
     app.command()(doctor.doctor)
     return app
 
