@@ -34,6 +34,8 @@ class State(NamedTuple):
     snapshot: Document
     targets: Document
     """The newest signed ones, published or not."""
+    free: int
+    """Number for the next targets."""
 
     @property
     def root(self) -> Root:
@@ -62,8 +64,8 @@ def read_state(store: Store, anchor: bytes | None) -> State:
         known: list[Root] = [document.signed for document in reversed(roots)]
         stamp = parsed(Timestamp, tagged.data, known)
         number = stamp.signed.snapshot_meta.version
-        snapshot = parsed(Snapshot, store.get(metadata_path(Snapshot.type, number)), known)
-        targets = _newest_targets(store, snapshot.signed.meta[TARGETS_FILE].version, known)
+        snapshot = _numbered(parsed(Snapshot, store.get(metadata_path(Snapshot.type, number)), known), number)
+        targets, free = _newest_targets(store, snapshot.signed.meta[TARGETS_FILE].version, known)
     except ObjectMissingError as error:
         if roots:
             raise CorruptLakeError(f"{error}, though {TIMESTAMP_PATH} leads there; restore it") from error
@@ -74,7 +76,7 @@ def read_state(store: Store, anchor: bytes | None) -> State:
         raise CorruptLakeError(
             f"metadata below {METADATA} in {store.url} is not to be trusted: {error}; restore it from a backup"
         ) from error
-    return State(tagged, roots, stamp, snapshot, targets)
+    return State(tagged, roots, stamp, snapshot, targets, free)
 
 
 def read_roots(store: Store, anchor: bytes | None) -> list[Document]:
@@ -101,16 +103,6 @@ def read_roots(store: Store, anchor: bytes | None) -> list[Document]:
     return found
 
 
-def free_number(store: Store, role: str, number: int) -> int:
-    """The first number from `number` on that nobody wrote."""
-    for free in range(number, number + VERSIONS_MAX):
-        try:
-            store.size(metadata_path(role, free))
-        except ObjectMissingError:
-            return free
-    raise CorruptLakeError(f"{VERSIONS_MAX} files of {role} are in {METADATA} that nobody refers to; remove them")
-
-
 def root_path(version: int) -> str:
     """Where a root is."""
     return metadata_path(Root.type, version)
@@ -127,19 +119,27 @@ def target_object(target: TargetFile) -> str:
     return f"{FOLDER}/targets/{folder}/{target.hashes['sha256']}.{name}"
 
 
-def _newest_targets(store: Store, number: int, known: Sequence[Root]) -> Document:
-    """The last of the chain; what nobody's key signed is stepped over.
+def _newest_targets(store: Store, number: int, known: Sequence[Root]) -> tuple[Document, int]:
+    """The last of the chain, and the first number that nobody wrote; what no key signed for its number is stepped over.
 
     Beyond what is published, only keys of the newest root count: one that was taken back must not add anything.
     """
-    newest = parsed(Targets, store.get(metadata_path(Targets.type, number)), known)
+    newest = _numbered(parsed(Targets, store.get(metadata_path(Targets.type, number)), known), number)
     for later in range(number + 1, number + VERSIONS_MAX):
         try:
-            data = store.get(metadata_path(Targets.type, later))
+            newest = _numbered(parsed(Targets, store.get(metadata_path(Targets.type, later)), known[:1]), later)
         except ObjectMissingError:
-            break
-        try:
-            newest = parsed(Targets, data, known[:1])
+            return newest, later
         except UnverifiedError:
             continue
-    return newest
+    raise CorruptLakeError(
+        f"{VERSIONS_MAX} files of targets are in {METADATA} of {store.url} beyond what is published; remove those that "
+        "nobody made on purpose"
+    )
+
+
+def _numbered(document: Document, number: int) -> Document:
+    """An older file under a newer number would take back what came since."""
+    if document.signed.version != number:
+        raise UnverifiedError(f"{document.signed.type} version {document.signed.version} stands under number {number}")
+    return document

@@ -33,7 +33,6 @@ from lake.trust.files import (
     TIMESTAMP_PATH,
     VERSIONS_MAX,
     NotInitialisedError,
-    free_number,
     metadata_path,
     read_roots,
     read_state,
@@ -222,7 +221,7 @@ class TrustRepository:
             )
             if said and holds and len(keys) == 1 and not force:
                 return int(old.version)
-            number = free_number(self._store, Targets.type, old.version + 1)
+            number = state.free
             content = with_targets(old, number, added, gone)
             new = signed(dated(content, self._now_us(), self._expiries.targets_days), keys)
             if self._store.put_if_absent(metadata_path(Targets.type, number), new.data):
