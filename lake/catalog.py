@@ -13,6 +13,8 @@ from deltalake import DeltaTable
 from lake.errors import NoSuchVersionError, ObjectMissingError
 from lake.history import version_at
 from lake.log import TransactionLog
+from lake.predictions import FOLDER as PREDICTIONS
+from lake.predictions import predictions_path
 from lake.quarantine import PATH as QUARANTINE_PATH
 from lake.raw import lane_of, table_path
 from lake.store import Store
@@ -65,6 +67,14 @@ class Catalog:
         found = {name: table_path(name) for name in self.streams()}
         found |= {name: f"control/{name}" for name in self._store.folders("control") if name not in _OWN_FOLDERS}
         return found | {QUARANTINE: QUARANTINE_PATH}
+
+    def predictions(self) -> list[str]:
+        """The tables that batch scoring writes, by path, which is their name in SQL too.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        return [predictions_path(model) for model in self._store.folders(PREDICTIONS)]
 
     def state(self, path: str, at: At = None) -> TableState | None:
         """A table as it is, or was.

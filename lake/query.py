@@ -208,6 +208,8 @@ class Lake:
         if not (question.tables or question.qualified or question.all_tables):
             return {}
         known = self._catalog.paths()
+        if question.all_tables:
+            known |= {path: path for path in self._catalog.predictions()}
         for name in question.qualified & known.keys():
             raise UnknownStreamError(f'the name {name} has a dot in it: write "{name}" in double quotes')
         names = question.tables | (known.keys() | {GAPS} if question.all_tables else set())

@@ -53,6 +53,7 @@ CONTRACT = {
     "release diff": "--lake --data --json",
     "release approve": "--why --by --keys --lake --data --json",
     "release retire": "--why --by --keys --lake --data --json",
+    "predict": "--stream --since --until --lake --data --json",
     "rollout start": (
         "--stages --to --share --bake --max-wait --guard --previous --approval --spec --draft --supersede --why --by "
         "--lake --data --json"
