@@ -107,11 +107,31 @@ def judge(material: Material, trained: Trained, rows: Int64s, scorer: Scorer, me
     """
     scores = trained.scores(material.features[rows])
     if material.labels is not None:
-        answers, truth = _Classes(scores), material.labels[rows]
+        truth = material.labels[rows]
     else:
         assert material.faulty is not None  # made with the material
         scores = np.concatenate([scores, trained.scores(material.faulty[rows])])
-        answers, truth = _Detections(scores, trained.threshold), np.repeat([0, 1], len(rows))
+        truth = np.repeat([0, 1], len(rows))
+    return metric_of(scores, truth, trained.threshold, scorer, metric, trained.family)
+
+
+def metric_of(
+    scores: Float32s, truth: Int64s, threshold: float | None, scorer: Scorer, metric: str, family: str
+) -> float:
+    """The metric of answers that are known.
+
+    Args:
+        scores: `[N, K]` of a classification, `[N]` of anomalies.
+        truth: `[N]`: class indices; 1 for an anomaly.
+        threshold: above it a window is an anomaly; None for a classification.
+        scorer: what computes it.
+        metric: its name, for messages.
+        family: whose answers, for messages.
+
+    Raises:
+        TrainingError: the metric is not a number, or not defined here.
+    """
+    answers = _Classes(scores) if scores.ndim == 2 else _Detections(scores, threshold)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of classes that are in no window of the fold
@@ -123,8 +143,8 @@ def judge(material: Material, trained: Trained, rows: Int64s, scorer: Scorer, me
         ) from error
     if not math.isfinite(value):
         raise TrainingError(
-            f"[search] metric = {metric!r} is {value} for {trained.family}; choose one that is defined where a fold "
-            "lacks a class, or fewer [split] folds"
+            f"[search] metric = {metric!r} is {value} for {family}; choose one that is defined where a fold lacks a "
+            "class, or fewer [split] folds"
         )
     return value
 
