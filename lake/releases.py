@@ -276,7 +276,7 @@ class Releases:
                 )
             sha256 = hashlib.sha256(data).hexdigest()
             event = self._event(ReleaseEventKind.CREATED, manifest.model, manifest.version, who, why, sha256)
-            event = event._replace(manifest=data.decode())
+            event = event._replace(manifest=data.decode(), sequence=book.version + 1)
             release = fold([event]).releases[manifest.model, manifest.version]
             self._require(release.artifacts)
             self.store.put_if_absent(f"{FOLDER}/{manifest_object(manifest.model, manifest.version, sha256)}", data)
