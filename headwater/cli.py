@@ -16,7 +16,21 @@ import typer
 
 from contract.errors import HeadwaterError
 from headwater import output
-from headwater.commands import agent, doctor, gateway, keys, lake, predict, release, rollout, simulate, stack, train
+from headwater.commands import (
+    agent,
+    doctor,
+    gateway,
+    keys,
+    label,
+    lake,
+    monitor,
+    predict,
+    release,
+    rollout,
+    simulate,
+    stack,
+    train,
+)
 from headwater.exits import Exit, exit_of
 
 EPILOG = (
@@ -58,9 +72,10 @@ def build() -> typer.Typer:
 
     app.command()(stack.up)
     app.command()(stack.demo)
-    for module in (agent, gateway, lake, simulate, train, keys, release, rollout):
+    for module in (agent, gateway, lake, simulate, train, keys, release, rollout, label):
         app.add_typer(module.app)
     app.command()(predict.predict)
+    app.command()(monitor.monitor)
     app.command()(doctor.doctor)
     return app
 

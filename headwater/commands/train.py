@@ -17,7 +17,8 @@ import typer
 
 from contract.errors import ConfigurationError
 from headwater import extras, logs, output
-from headwater.commands.options import Data, Json, Lake
+from headwater.commands.options import Data, Json, Lake, check_above_zero
+from headwater.signals import stopping
 
 if TYPE_CHECKING:
     from trainer.steps import Ran, Step, StepContext
@@ -122,6 +123,49 @@ def run(
             _tell(_run(context, step, force=name in (force or ()), keep_pins=resume, json=json), json=json)
             if name == until:
                 return
+
+
+@app.command()
+def watch(
+    recipe: Recipe,
+    lake: Lake = None,
+    data: Data = None,
+    work: Work = None,
+    keys: Keys = None,
+    interval: Annotated[
+        float, typer.Option("--interval", metavar="S", help="Seconds between two looks for triggers.")
+    ] = 10.0,
+    lease: Annotated[
+        float, typer.Option("--lease", metavar="S", help="A trainer not heard of for so long is taken over from.")
+    ] = 120.0,
+    once: Annotated[bool, typer.Option("--once", help="Work off what is there, and end.")] = False,
+    json: Json = False,
+) -> None:
+    """Wait for triggers of this recipe's model, and learn again: a release that is not worse becomes a draft.
+
+    Approving and rolling out follow where the recipe's policy says so. Several may watch one recipe, each in a work
+    folder of its own. With --json one line per trigger.
+    """
+    check_above_zero("--interval", interval)
+    check_above_zero("--lease", lease)
+    with _trainer("headwater train watch"):
+        from headwater.lake_access import find_store, opened_store
+        from headwater.retraining import make_retrainer, sayer
+        from headwater.retraining import watch as watch_until
+        from lake.credentials import require_credentials
+        from trainer.recipe import load_recipe
+
+    name = load_recipe(recipe).name
+    found = find_store(lake, data, os.environ)
+    require_credentials(found.settings, os.environ)
+    with opened_store(found) as store, stopping() as stop:
+        retrainer = make_retrainer(name, lambda: _context(recipe, lake, data, work, keys=keys, json=json), store, lease)
+        say = sayer(json=json)
+        if not once:
+            watch_until(retrainer, interval, stop, say)
+            return
+        while (outcome := retrainer.take()) is not None:
+            say(outcome)
 
 
 def _one(

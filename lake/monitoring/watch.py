@@ -168,9 +168,8 @@ class ModelWatch:
         """Find the baseline of a release on a device, or make it; the first that was made is everybody's."""
         if not self.observer.needs_baseline(key):
             return
-        path = baseline_path(self.model, *key)
         if key not in self._asked:
-            found = self._stored(path)
+            found = stored_baseline(self._store, self.model, *key)
             if len(self._asked) < self._bounds.devices_max:
                 self._asked.add(key)
             if found is not None:
@@ -178,17 +177,23 @@ class ModelWatch:
                 return
         made = self.observer.candidate(key, reference)
         if made is not None:
-            if not self._store.put_if_absent(path, msgspec.json.encode(made)):
-                made = self._stored(path) or made
+            if not self._store.put_if_absent(baseline_path(self.model, *key), msgspec.json.encode(made)):
+                made = stored_baseline(self._store, self.model, *key) or made
             self.observer.set_baseline(key, made)
-
-    def _stored(self, path: str) -> Baseline | None:
-        try:
-            return msgspec.json.decode(self._store.get(path), type=Baseline)
-        except (ObjectMissingError, msgspec.MsgspecError):
-            return None
 
 
 def baseline_path(model: str, release: int, device: str) -> str:
     """Where the baseline of a release on a device is in the lake."""
     return f"monitoring/baselines/{model}/{release}/{device}.json"
+
+
+def stored_baseline(store: Store, model: str, release: int, device: str) -> Baseline | None:
+    """The baseline of a release on a device; None where there is none yet.
+
+    Raises:
+        StoreUnavailableError: the store did not answer.
+    """
+    try:
+        return msgspec.json.decode(store.get(baseline_path(model, release, device)), type=Baseline)
+    except (ObjectMissingError, msgspec.MsgspecError):
+        return None

@@ -1,0 +1,156 @@
+"""One model as of now, out of the lake alone: what `headwater monitor` shows."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import NamedTuple
+
+import msgspec
+
+from contract.errors import HeadwaterError
+from contract.messages import Reported
+from lake.catalog import Catalog
+from lake.errors import UnknownStreamError
+from lake.monitoring.accuracy import Accuracy, measure, read_labels, read_predictions
+from lake.monitoring.alerts import PATH as ALERTS_PATH
+from lake.monitoring.alerts import SCHEMA as ALERTS_SCHEMA
+from lake.monitoring.alerts import Alert, fold
+from lake.monitoring.feed import parse, with_all_columns
+from lake.monitoring.ledger import Ledger
+from lake.monitoring.observe import Bounds, Figures, Observer
+from lake.monitoring.performance import Performance, latest_query, performance
+from lake.monitoring.watch import References, stored_baseline
+from lake.query import Lake
+from lake.releases import Releases
+from lake.store import Store
+from lake.tables import ControlTable
+
+ACCURACY_ROWS_MAX = 2_000_000
+_REPORTED = """
+SELECT device, document FROM "control/devices" WHERE event = 'reported' AND document IS NOT NULL
+QUALIFY row_number() OVER (PARTITION BY device ORDER BY at DESC) = 1
+"""
+
+
+class Counters(NamedTuple):
+    """What a device counts since it loaded the version that answers now."""
+
+    version: int
+    errors: int
+    skipped: int
+
+
+class Line(msgspec.Struct, frozen=True, kw_only=True):
+    """One release on one device."""
+
+    model: str
+    performance: Performance
+    drift: Figures | None
+    """Of its latest windows."""
+    accuracy: Accuracy | None
+    counters: Counters | None
+    alerts: tuple[Alert, ...]
+
+
+class Monitor:
+    """Looks again and again. Not thread-safe.
+
+    Args:
+        store: where the lake is.
+        lake: SQL over it.
+        bounds: how many windows drift is measured over.
+    """
+
+    def __init__(self, store: Store, lake: Lake, bounds: Bounds) -> None:
+        self._store, self._lake, self._bounds = store, lake, bounds
+        releases = Releases(store)
+        self._references = References(lambda: releases)
+        alerts = ControlTable(store, ALERTS_PATH, ALERTS_SCHEMA)
+        self._alerts = Ledger(lambda: alerts, ALERTS_SCHEMA)
+
+    def models(self) -> list[str]:
+        """Models that have releases.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        return sorted({release.model for release in self._references.refresh().releases.values()})
+
+    def look(self, model: str, since: datetime) -> list[Line]:
+        """Every release of a model on every device that predicted since then; none where nobody did.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        self._references.refresh()
+        try:
+            found = performance(self._lake, model, since)
+        except UnknownStreamError:
+            return []
+        alerts = fold(self._alerts.look())
+        counters = self._counters(model)
+        accuracy = self._accuracy(model, since)
+        drift = self._drift(model, since)
+        lines = []
+        for each in found:
+            key = each.release, each.device
+            counted = counters.get(each.device)
+            lines.append(
+                Line(
+                    model=model,
+                    performance=each,
+                    drift=drift.get(key),
+                    accuracy=accuracy.get(key),
+                    counters=counted if counted is not None and counted.version == each.release else None,
+                    alerts=tuple(
+                        alert
+                        for alert_key, alert in alerts.items()
+                        if (alert_key.model, alert_key.release, alert_key.device) == (model, *key)
+                    ),
+                )
+            )
+        return lines
+
+    def _drift(self, model: str, since: datetime) -> dict[tuple[int, str], Figures]:
+        observer = Observer(self._bounds)
+        rows = self._lake.sql(latest_query(model, since, self._bounds.windows_max))
+        observer.add(parse(with_all_columns(rows)))
+        found = {}
+        for key in observer.fresh():
+            watched = self._references.get(model, key[0])
+            if watched is None:
+                continue
+            baseline = stored_baseline(self._store, model, *key)
+            if baseline is not None:
+                observer.set_baseline(key, baseline)
+            window = watched.manifest.window
+            psi_max = watched.recipe.policy.retrain.psi_max
+            found[key] = observer.measure(key, watched.reference, psi_max, window.rows / window.stride)
+        return found
+
+    def _accuracy(self, model: str, since: datetime) -> dict[tuple[int, str], Accuracy]:
+        for release in self._references.book.of_model(model):
+            watched = self._references.get(model, release.version)
+            if watched is None or watched.recipe.labels is None or not watched.manifest.classes:
+                continue
+            try:
+                labels = read_labels(self._lake, watched.recipe.labels, watched.manifest.stream)
+                rows = read_predictions(self._lake, model, round(since.timestamp() * 1e6), ACCURACY_ROWS_MAX)
+            except UnknownStreamError:
+                return {}
+            return {(one.release, one.device): one for one in measure(rows, labels) if one.device}
+        return {}
+
+    def _counters(self, model: str) -> dict[str, Counters]:
+        if Catalog(self._store).state("control/devices") is None:
+            return {}
+        found = {}
+        for row in self._lake.sql(_REPORTED).to_pylist():
+            try:
+                reported = msgspec.json.decode(row["document"], type=Reported)
+            except (msgspec.MsgspecError, HeadwaterError):
+                continue  # of a newer agent
+            state = reported.models.get(model)
+            if state is not None:
+                found[row["device"]] = Counters(state.active, state.errors, state.skipped)
+        return found
