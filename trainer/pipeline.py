@@ -11,7 +11,7 @@ CHECKS = Step("checks", "trainer.checks:step", (DATASET,), ("task", "split", "wi
 SEARCH = Step("search", "trainer.search:step", (DATASET, CHECKS), ("task", "features", "families", "search"))
 EVALUATE = Step("evaluate", "trainer.evaluate:step", (DATASET, CHECKS, SEARCH), ("task", "search"))
 EXPORT = Step("export", "trainer.export:step", (DATASET, CHECKS, SEARCH), ("task", "window", "limits"))
-RELEASE = Step("release", "trainer.release:step", (DATASET, EVALUATE, EXPORT), ("name", "limits", "policy"))
+RELEASE = Step("release", "trainer.release:step", (DATASET, EVALUATE, EXPORT), ("name", "limits", "policy", "search"))
 
 STEPS: dict[str, Step] = {step.name: step for step in (DATASET, CHECKS, SEARCH, EVALUATE, EXPORT, RELEASE)}
 """By name, each after those it needs."""

@@ -60,11 +60,27 @@ class DatasetResult(msgspec.Struct, frozen=True, kw_only=True):
     windows: int
 
 
+class Figure(msgspec.Struct, frozen=True, kw_only=True):
+    """A metric of the evaluation; its value is None where it is not a number."""
+
+    name: str
+    value: float | None
+    split: str
+
+
 class EvaluateResult(msgspec.Struct, frozen=True, kw_only=True):
     """What the step `evaluate` has to say."""
 
-    metrics: tuple[Metric, ...]
-    target_met: bool
+    metrics: tuple[Figure, ...]
+
+    def shortfall(self, metric: str, target: float | None) -> str:
+        """Why a target is not met by the held-out windows; empty where it is, or where there is none."""
+        if target is None:
+            return ""
+        value = next((figure.value for figure in self.metrics if figure.name == metric), None)
+        if value is None:
+            return f"the evaluation has no figure for the target's metric {metric}"
+        return "" if value >= target else f"{metric} is {value:.4f} on held-out windows, below the target {target:g}"
 
 
 def step(context: StepContext) -> Outputs:
@@ -129,7 +145,11 @@ def manifest_of(
             opset=exported.opset,
             ir=exported.ir,
             family=exported.family,
-            metrics=evaluated.metrics,
+            metrics=tuple(
+                Metric(name=figure.name, value=figure.value, split=figure.split)
+                for figure in evaluated.metrics
+                if figure.value is not None
+            ),
             dataset=msgspec.convert(msgspec.to_builtins(dataset), Dataset),
             recipe=context.recipe_text,
             code=context.code,
@@ -168,8 +188,9 @@ def _approved(
     """Whether it was approved, and why not."""
     if not context.recipe.policy.approve:
         return False, "[policy] approve is not set"
-    if not evaluated.target_met:
-        return False, "the target of the recipe is not met"
+    search = context.recipe.search
+    if shortfall := evaluated.shortfall(search.metric, search.target):
+        return False, shortfall
     if context.keys is None:
         return False, "no --keys were given"
     folder = KeyFolder(context.keys, context.passphrase)
