@@ -54,6 +54,9 @@ CONTRACT = {
     "release approve": "--why --by --keys --lake --data --json",
     "release retire": "--why --by --keys --lake --data --json",
     "predict": "--stream --since --until --lake --data --json",
+    "train watch": "RECIPE --lake --data --work --keys --interval --lease --once --json",
+    "label import": "FILE --stream --columns --device --unit --source --lake --data --json",
+    "monitor": "MODEL --since --watch --interval --windows --retrain --lake --data --json",
     "rollout start": (
         "--stages --to --share --bake --max-wait --guard --previous --approval --spec --draft --supersede --why --by "
         "--lake --data --json"
