@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from benchmarks import agent, buffer_writes, uplink, wire
+from benchmarks import agent, buffer_writes, inference, uplink, wire
 from benchmarks.report import Report, Result, keep, machine, show
 
 ALL: dict[str, Callable[[], Sequence[Result]]] = {
@@ -13,6 +13,7 @@ ALL: dict[str, Callable[[], Sequence[Result]]] = {
     "uplink": uplink.measure,
     "agent": agent.measure,
     "buffer": buffer_writes.measure,
+    "inference": inference.measure,
 }
 
 

@@ -254,18 +254,18 @@ class Engine:
 
     def run(self) -> None:
         """Score windows until stopped."""
-        self._watchdog = Watchdog(self._clock_s)
         try:
             while not self._stopping.is_set():
                 self._work.wait(IDLE_S)
                 self._work.clear()
                 self.progress_s = self._clock_s()
-                while not self._stopping.is_set() and self._round():
+                while not self._stopping.is_set() and self.round():
                     self.progress_s = self._clock_s()
         finally:
-            self._watchdog.close()
+            if self._watchdog is not None:
+                self._watchdog.close()
 
-    def _round(self) -> bool:
+    def round(self) -> bool:
         """One window and one request; False when there is neither."""
         worked = False
         if self._queue:
@@ -311,8 +311,7 @@ class Engine:
 
     def _outcome(self, loaded: Loaded, cut: Cut) -> Outcome | None:
         """What a release says of a window; None where it failed or took too long."""
-        counters, watchdog = loaded.counters, self._watchdog
-        assert watchdog is not None
+        counters, watchdog = loaded.counters, self._watching()
         options = watchdog.begin(loaded.deadline_s)
         began_ns = time.perf_counter_ns()
         try:
@@ -329,8 +328,7 @@ class Engine:
         return Outcome(loaded.manifest.version, answer, latency_us)
 
     def _answer(self, request: _Request) -> None:
-        watchdog = self._watchdog
-        assert watchdog is not None
+        watchdog = self._watching()
         model = request.loaded.model
         options = watchdog.begin(request.loaded.deadline_s)
         try:
@@ -341,6 +339,11 @@ class Engine:
         finally:
             watchdog.end()
             request.done.set()
+
+    def _watching(self) -> Watchdog:
+        if self._watchdog is None:
+            self._watchdog = Watchdog(self._clock_s)
+        return self._watchdog
 
     def _notice(self, loaded: Loaded | None, why: str) -> None:
         """Log one failure a minute: a model that always fails must not fill a disk."""

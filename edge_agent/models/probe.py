@@ -23,6 +23,9 @@ from edge_agent.models.runtime import Floats, Model, ModelError
 
 PROBE_WINDOWS_MAX = 256
 RUNS_MIN, RUNS_MAX = 20, 200
+FEATURES_RELATIVE = 1e-6
+"""By how much features may differ where scores may: another CPU may add up float64 otherwise. Where the release allows
+a score no tolerance, features are compared to the bit as well."""
 BUDGET_S = 5.0
 """CPU time after which `RUNS_MIN` runs are enough."""
 
@@ -129,19 +132,20 @@ def _compare(outputs: dict[str, Any], expected: pa.Table, number: int, manifest:
         if name == OUTPUT_LABEL and isinstance(wanted, str):
             wanted = list(manifest.classes).index(wanted) if wanted in manifest.classes else -1
         right = np.atleast_1d(np.asarray(wanted, got.dtype))
-        tolerance = manifest.probe.score_tolerance if name == OUTPUT_SCORE and manifest.probe is not None else 0.0
+        tolerance = manifest.probe.score_tolerance if manifest.probe is not None else 0.0
         if name == OUTPUT_SCORE and right.size == 1 < got.size and OUTPUT_LABEL in outputs:
             got = got[int(outputs[OUTPUT_LABEL][0])].reshape(1)
-        if got.shape != right.shape or not _alike(got, right, tolerance):
+        relative = FEATURES_RELATIVE if name == OUTPUT_FEATURES and tolerance else 0.0
+        if got.shape != right.shape or not _alike(got, right, tolerance, relative):
             raise ModelError(
                 f"window {number} of the probe: {name} is {_shown(got)}, and was {_shown(right)} in training"
                 f"{f' (tolerance {tolerance:g})' if tolerance else ''}; release the model again"
             )
 
 
-def _alike(got: Any, right: Any, tolerance: float) -> bool:
-    if tolerance:
-        return bool(np.allclose(got, right, rtol=0.0, atol=tolerance, equal_nan=True))
+def _alike(got: Any, right: Any, tolerance: float, relative: float) -> bool:
+    if tolerance and got.dtype.kind == "f":
+        return bool(np.allclose(got, right, rtol=relative, atol=tolerance, equal_nan=True))
     return bool(np.array_equal(got, right, equal_nan=got.dtype.kind == "f"))
 
 

@@ -1,0 +1,174 @@
+"""What a model costs its device: a window in the agent's worker against a bare run, jitter of sampling, memory."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnxruntime
+import pyarrow as pa
+from sklearn.ensemble import RandomForestClassifier
+
+from benchmarks.report import Result, result
+from benchmarks.servers import BenchServers
+from contract.models import INPUT, Artifact, Dataset, Manifest, Window
+from edge_agent.models.inference import Engine, Loaded
+from edge_agent.models.predictions import PredictionWriter
+from edge_agent.sampling.queue import RowQueue
+from edge_agent.status import fetch_status
+from trainer.candidates import Trained
+from trainer.export import merge
+from trainer.graph import FeatureSpec
+
+ROWS, STRIDE, FIELDS = 128, 16, ("ax", "ay", "az", "gx", "gy", "gz")
+RUNS, REPEATS = 2_000, 5
+RATE_HZ = 100.0
+WARM_UP_S, SECONDS = 6.0, 20.0
+TARGET_RATIO, TARGET_RSS_MIB = 1.2, 120.0
+
+
+def measure() -> list[Result]:
+    """All of it; each ratio within one run."""
+    data = _model()
+    manifest = _manifest(data)
+    results = _cost(data, manifest)
+    quiet = _agent(None, manifest)
+    busy = _agent(data, manifest)
+    results.append(
+        result("sampling_jitter_p99_us_with_a_model", [busy["jitter_us"]], "µs", "the same without", quiet["jitter_us"])
+    )
+    results.append(
+        result("agent_with_model_rss_mib", [busy["rss_mib"]], "MiB", f"target, {TARGET_RSS_MIB:g} MiB", TARGET_RSS_MIB)
+    )
+    results.append(result("agent_windows_skipped", [busy["skipped"]], "", "windows scored", busy["windows"]))
+    return results
+
+
+def _model() -> bytes:
+    """A forest over all features, as the trainer exports it."""
+    rng = np.random.default_rng(1)
+    spec = FeatureSpec(rows=ROWS, fields=FIELDS, sample_rate_hz=RATE_HZ)
+    names = spec.names()
+    labels = rng.integers(0, 3, 600)
+    features = rng.normal(size=(600, len(names))) + labels[:, None] / 4
+    forest = RandomForestClassifier(n_estimators=50, max_depth=8, random_state=1).fit(features, labels)
+    trained = Trained("forest", forest, np.arange(len(names)), None)
+    return bytes(merge(spec, names, trained, "bench").SerializeToString())
+
+
+def _manifest(data: bytes) -> Manifest:
+    return Manifest(
+        model="bench",
+        version=1,
+        artifact=Artifact(sha256=hashlib.sha256(data).hexdigest(), size=len(data)),
+        task="classification",
+        stream="motion",
+        fields=FIELDS,
+        dtypes=("float",) * len(FIELDS),
+        window=Window(rows=ROWS, stride=STRIDE, gap_s=1.0),
+        sample_rate_hz=RATE_HZ,
+        classes=("a", "b", "c"),
+        features=("unnamed",),
+        family="forest",
+        metrics=(),
+        dataset=Dataset(streams={}, sha256="0" * 64, windows=1),
+        recipe="",
+        code="",
+        seed=1,
+        packages={},
+        created_at_us=1,
+    )
+
+
+def _cost(data: bytes, manifest: Manifest) -> list[Result]:
+    """The worker's whole way of a window: watchdog, run, answer, counters, the row of the stream."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    queue = RowQueue(1 << 20, 1 << 30)
+    engine = Engine(PredictionWriter(lambda stream: queue, 10), time.monotonic)
+    engine.configure("bench", Loaded(data, manifest), None, front=False)
+    values = np.random.default_rng(1).normal(size=(64 * STRIDE, len(FIELDS))).astype(np.float32)
+    window = np.ascontiguousarray(values[np.newaxis, :ROWS])
+    blocks = [_block(values, at) for at in range(0, len(values), STRIDE)]
+    ratios, ours, theirs = [], [], []
+    for _ in range(REPEATS):
+        single, whole = [], []
+        # In turns, so that both meet the same machine.
+        for number in range(RUNS):
+            began_ns = time.perf_counter_ns()
+            session.run(None, {INPUT: window})
+            single.append(time.perf_counter_ns() - began_ns)
+            engine.feed("motion", blocks[0].schema, blocks[number % 64])
+            began_ns = time.perf_counter_ns()
+            worked = engine.round()
+            if worked:
+                whole.append(time.perf_counter_ns() - began_ns)
+            queue.get()
+        theirs.append(float(np.median(single)) / 1000)
+        ours.append(float(np.median(whole)) / 1000)
+        ratios.append(ours[-1] / theirs[-1])
+    return [
+        result("inference_us_in_the_agent", ours, "µs", "a bare InferenceSession.run", sorted(theirs)[REPEATS // 2]),
+        result("inference_ratio_to_a_bare_run", ratios, "", f"target, at most {TARGET_RATIO:g}", TARGET_RATIO),
+    ]
+
+
+def _block(values: Any, at: int) -> pa.RecordBatch:
+    """A stride of readings; `ts` is the same in all, so that no run ends."""
+    ts = pa.array(np.zeros(STRIDE, np.int64)).cast(pa.timestamp("us", "UTC"))
+    columns = [pa.array(np.ascontiguousarray(values[at : at + STRIDE, each])) for each in range(len(FIELDS))]
+    return pa.RecordBatch.from_arrays([ts, *columns], ["ts", *FIELDS])
+
+
+def _agent(data: bytes | None, manifest: Manifest) -> dict[str, float]:
+    """A real agent at 100 Hz, with or without a factory's model: how evenly it samples, what it takes."""
+    with tempfile.TemporaryDirectory() as folder, BenchServers(Path(folder)) as servers:
+        home = Path(folder) / "agent"
+        home.mkdir()
+        times, models = home / "times", ""
+        if data is not None:
+            factory = home / "factory"
+            factory.mkdir()
+            (factory / f"{manifest.artifact.sha256}.onnx").write_bytes(data)
+            (factory / "bench.json").write_bytes(msgspec.json.encode(manifest))
+            models = f'[models]\nfactory = "{factory}"\n'
+        fields = ", ".join(f'{name} = "float32"' for name in FIELDS)
+        (home / "agent.toml").write_text(
+            f"""
+            device = "bench-model"
+            [broker]
+            url = "{servers.broker_url}"
+            [streams.motion]
+            driver = "callable"
+            [streams.motion.options]
+            function = "benchmarks.motion_sensor:read"
+            fields = {{ {fields} }}
+            arguments = {{ times = "{times}" }}
+            [streams.motion.sampling]
+            mode = "interval"
+            rate_hz = {RATE_HZ}
+            {models}
+            """
+        )
+        servers.start("agent", (sys.executable, "-m", "edge_agent", "--config", str(home / "agent.toml")))
+        time.sleep(WARM_UP_S)
+        begin = times.stat().st_size // 8
+        time.sleep(SECONDS)
+        rss_mib = servers.usage("agent").rss_mib
+        told = fetch_status(home / "agent.sock")["models"].get("bench", {"windows": 1, "skipped": 0})
+        read_ns = np.fromfile(times, np.int64)[begin:]
+    jitter_us = np.abs(np.diff(read_ns) / 1000 - 1e6 / RATE_HZ)
+    return {
+        "jitter_us": float(np.quantile(jitter_us, 0.99)),
+        "rss_mib": rss_mib,
+        "windows": float(told["windows"]),
+        "skipped": float(told["skipped"]),
+    }
