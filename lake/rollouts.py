@@ -179,6 +179,11 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
         return self.stages[0] if self.stages else 0
 
     @property
+    def latest(self) -> int:
+        """`sequence` of its latest orders, 0 before there are any."""
+        return self.rollback or max(self.stages, default=0)
+
+    @property
     def awaiting(self) -> int:
         """Number of the stage that waits for approval, where one does."""
         return len(self.stages)

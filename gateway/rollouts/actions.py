@@ -154,13 +154,13 @@ def _rollback(book: RolloutBook, rollout: Rollout, one: Callable[[EventKind], Ro
     _require(rollout, Action.ROLLBACK, RolloutState.SUCCEEDED, RolloutState.ABORTED, *ACTIVE)
     if not rollout.stages:
         raise RolloutRefused("nothing_reached", f"rollout {rollout.name!r} has reached no device; abort it instead")
-    newer = max(book.of_model(rollout.spec.model), key=lambda found: found.began)
-    if newer.began > rollout.began:
-        raise RolloutRefused(
-            "not_latest",
-            f"rollout {rollout.name!r} is not the latest of {rollout.spec.model}: {newer.name!r} is "
-            f"({newer.state}, by {newer.who}); roll that one back, or start a rollout of the version you want",
-        )
+    for newer in book.of_model(rollout.spec.model):
+        if newer.began > rollout.began and newer.state is not RolloutState.ROLLED_BACK:
+            raise RolloutRefused(
+                "not_latest",
+                f"rollout {rollout.name!r} is not the latest of {rollout.spec.model}: {newer.name!r} is "
+                f"({newer.state}, by {newer.who}); roll that one back first, or start a rollout of another version",
+            )
     aborted = [one(EventKind.ABORTED)] if rollout.state in ACTIVE else []
     return [*aborted, one(EventKind.ROLLED_BACK)]
 

@@ -35,6 +35,8 @@ _log = structlog.get_logger()
 RETRY_MAX_S = 15.0
 STEPS_MAX = 16
 """Steps of one rollout at one look: stages without devices pass one after the other."""
+REST = 9.0
+"""Judging devices takes a tenth of the thread's time at most: other threads of the process have batches to commit."""
 HEARD_MAX = 10_000
 """Devices with news; where there are more, all are looked at."""
 _PAUSE_S = 0.05
@@ -195,7 +197,10 @@ class RolloutController:
             now_s = self._clock_s()
             if now_s >= look_s:
                 failures = 0 if self.drive() else failures + 1
-                pause_s = min(RETRY_MAX_S, 0.25 * 2.0 ** min(failures, 10)) if failures else self._settings.interval_s
+                took_s = self._clock_s() - now_s
+                pause_s = max(self._settings.interval_s, REST * took_s)
+                if failures:
+                    pause_s = min(RETRY_MAX_S, 0.25 * 2.0 ** min(failures, 10))
                 look_s = self._clock_s() + pause_s
             everybody = now_s >= sweep_s
             if everybody:

@@ -16,7 +16,7 @@ from gateway.rollouts.sealing import Sealer, document
 from gateway.rollouts.targets import Targets, Wanted
 from lake.rollouts import RolloutBook
 
-SLICE = 500
+SLICE = 200
 """Devices looked at without a pause: other threads of the process must get their turn."""
 VALIDITY_LEFT = 0.5
 """An order that waits for its device is signed anew when so much of its validity is over."""

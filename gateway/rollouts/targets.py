@@ -1,7 +1,7 @@
 """Which orders a device shall have now: a pure function of all rollouts and of what the device is. No memory.
 
-For each model the rollouts are asked from the newest to the oldest, and the first that has a say decides. So a device
-that was away for three rollouts gets one order, that of today.
+For each model the rollouts are asked, that with the latest orders first, and the first that has a say decides. So a
+device that was away for three rollouts gets one order, that of today.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Targets:
 
     def __init__(self, book: RolloutBook) -> None:
         self._by_model: dict[str, list[Rollout]] = {}
-        for rollout in sorted(book.rollouts.values(), key=lambda rollout: -rollout.began):
+        for rollout in sorted(book.rollouts.values(), key=lambda rollout: -rollout.latest):
             if rollout.began:
                 self._by_model.setdefault(rollout.spec.model, []).append(rollout)
 
@@ -82,7 +82,7 @@ class Targets:
 
 
 def _decided(rollouts: Iterable[Rollout], device: DeviceView) -> tuple[Order | None, bool]:
-    """The order of the newest rollout that has a say, and whether one that holds was passed on the way."""
+    """The order of the first rollout that has a say, and whether one that holds was passed on the way."""
     withheld = False
     rest = iter(rollouts)
     for rollout in rest:
@@ -104,12 +104,15 @@ def _decided(rollouts: Iterable[Rollout], device: DeviceView) -> tuple[Order | N
 def _back(rollout: Rollout, sequence: int, older: Iterable[Rollout], device: DeviceView) -> Order:
     """The order to run what was there before the rollout."""
     spec = rollout.spec
-    if spec.previous is not None:
-        return _order(rollout, spec.previous, spec.previous_sha256, sequence)
-    before, _ = _decided(older, device)
-    if before is None:
-        return _order(rollout, 0, "", sequence)
-    return _order(rollout, before.version, before.sha256, sequence)
+    version, sha256 = spec.previous or 0, spec.previous_sha256
+    if spec.previous is None:
+        before, _ = _decided((each for each in older if each.began < rollout.began), device)
+        version, sha256 = (0, "") if before is None else (before.version, before.sha256)
+    # It was trusted before. Compared with the release that is being taken back, it could only lose.
+    trial = Trial(
+        shadow_windows=0, trial_windows=1, timeout_s=spec.trial.timeout_s, disagreement_share_max=1.0, nan_share_max=1.0
+    )
+    return _order(rollout, version, sha256, sequence)._replace(trial=trial)
 
 
 def _went_back(rollout: Rollout, device: DeviceView) -> bool:

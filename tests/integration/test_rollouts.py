@@ -1,8 +1,8 @@
 """Rollouts with real gateway processes, a real broker, a real lake, fifty simulated devices and the command line.
 
-Mutants tried, each found here: republishing nothing at a new connection; deciding before the retained reports are
-there (`settle_s = 0` and no `loaded`); keeping stages in memory instead of the table; publishing to all reached devices
-after an abort; a rollback without a new sequence.
+Mutants tried in the gateway, each found here: nothing republished after a new connection; orders handed out after an
+abort; a rollback with the old sequence; stages forgotten between two looks; orders without a signature; all devices
+taken for members of the first stage.
 """
 
 from __future__ import annotations

@@ -415,7 +415,7 @@ class World:
             sequences = [order.sequence for order in device.read]
             if sequences != sorted(set(sequences)):
                 raise BrokenPromiseError(f"{device.name} read {sequences}")
-        newest = max(book.rollouts.values(), key=lambda rollout: rollout.began, default=None)
+        newest = max(book.rollouts.values(), key=lambda rollout: rollout.latest, default=None)
         if newest is None or not newest.began:
             return
         members = [
