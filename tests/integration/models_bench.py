@@ -186,17 +186,27 @@ def manifest_of(data: bytes, *, name: str = "gestures", version: int = 1, **chan
 
 
 class House:
-    """Who trains, signs and orders: a lake in a folder, its keys, and the anchor for devices."""
+    """Who trains, signs and orders: a lake in a folder, its keys, and the anchor for devices.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of all this.
+        ahead_days: by how much the signer's clock is ahead of this machine's.
+    """
+
+    def __init__(self, folder: Path, *, ahead_days: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder / "lake" / "models"
         self.store = Store(StoreSettings(url=f"file://{folder}/lake"))
         self.root, self.targets, self.online = generate_key(), generate_key(), generate_key()
         self.anchor = folder / "root.json"
-        anchor = TrustRepository(self.store).initialise([self.root], self.targets, self.online)
+
+        def now_us() -> int:
+            return time.time_ns() // 1000 + ahead_days * 86_400_000_000
+
+        anchor = TrustRepository(self.store, now_us=now_us).initialise([self.root], self.targets, self.online)
         self.anchor.write_bytes(anchor)
-        self.repository = TrustRepository(self.store, anchor=anchor)
+        self.now_us = now_us
+        self.repository = TrustRepository(self.store, anchor=anchor, now_us=now_us)
         self.sequence = 0
 
     def put(self, data: bytes) -> Artifact:
@@ -225,7 +235,7 @@ class House:
             version=manifest.version if manifest is not None else 0,
             sha256=manifest.artifact.sha256 if manifest is not None else "",
             sequence=self.sequence,
-            not_after_us=time.time_ns() // 1000 + 3_600_000_000,
+            not_after_us=self.now_us() + 3_600_000_000,
             rollout="test",
             trial=Trial(shadow_windows=3, trial_windows=3, timeout_s=60.0),
         )
