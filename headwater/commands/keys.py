@@ -47,17 +47,9 @@ def init(
     unattended. Devices get root.json, gateways online.pem and root.json; root and targets keys belong on no server.
     """
     with _opened(lake, data, keys) as (folder, store):
-        from lake.trust.keys import ROOT_KEYS_MAX
-        from lake.trust.repository import TrustRepository
+        from headwater.key_folder import make_keys
 
-        if not 1 <= root_keys <= ROOT_KEYS_MAX:
-            raise ConfigurationError(f"--root-keys {root_keys}; choose 1 to {ROOT_KEYS_MAX}")
-        roots = [folder.make("root" if number == 1 else f"root-{number}") for number in range(1, root_keys + 1)]
-        repository = TrustRepository(store, anchor=folder.anchor())
-        anchor = repository.initialise(roots, folder.make("targets"), folder.make("online"), threshold=threshold)
-        if folder.anchor() is None:
-            folder.write_anchor(anchor)
-        _tell(folder, TrustRepository(store, anchor=folder.anchor()), json)
+        _tell(folder, make_keys(folder, store, root_keys=root_keys, threshold=threshold), json)
 
 
 @app.command()
