@@ -68,19 +68,27 @@ def make_baseline(values: Float64s, labels: Sequence[str], reference: Reference)
         labels: `[N]`.
         reference: of the release, for how far features spread in training.
     """
-    quantiles = [*(feature.quantiles for feature in reference.features), reference.scores.quantiles]
-    # Of a normal distribution, half the way from its 16 % to its 84 % quantile.
-    training = np.array([(points[84] - points[16]) / 2 for points in quantiles])
     said = np.asarray(labels, dtype=np.str_)
     mean, sd = {}, {}
     for label in np.unique(said):
         own = values[said == label]
         if len(own) >= LABEL_WINDOWS_MIN:
-            spread = np.maximum(np.nanstd(own, axis=0, ddof=1), _FLOOR * training)
+            spread = np.maximum(np.nanstd(own, axis=0, ddof=1), _FLOOR * _spread(reference, str(label)))
             mean[str(label)] = tuple(np.nan_to_num(np.nanmean(own, axis=0)).tolist())
             # What never moved, here or in training, has no scale: any move is as large as can be.
             sd[str(label)] = tuple(np.where(spread > 0, spread, 1e-12).tolist())
     return Baseline(windows=len(values), mean=mean, sd=sd)
+
+
+def _spread(reference: Reference, label: str) -> Float64s:
+    """Standard deviations in training: of this label where it is known, else of all windows."""
+    known = reference.by_label.get(label)
+    if known is not None:
+        quantiles = [*known.features, known.scores]
+    else:
+        quantiles = [*(feature.quantiles for feature in reference.features), reference.scores.quantiles]
+    # Of a normal distribution, half the way from its 16 % to its 84 % quantile.
+    return np.array([(points[84] - points[16]) / 2 for points in quantiles])
 
 
 class Detector:
