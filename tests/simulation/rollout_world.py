@@ -152,6 +152,7 @@ class World:
         self.controllers = [Controller(self, f"gateway-{number}") for number in range(2)]
         self.checked = 0
         self._nested = False
+        self._book = RolloutBook()
 
     def chance(self, probability: float) -> bool:
         return self.rng.random() < probability
@@ -312,7 +313,7 @@ class World:
             for name in self.devices:
                 self.device_acts(name)
             self.now_us += 5 * S
-            if round_number > 50 and all(rollout.state in ENDED for rollout in book.rollouts.values()):
+            if round_number > 30 and all(rollout.state in ENDED for rollout in book.rollouts.values()):
                 break
         else:
             raise BrokenPromiseError(
@@ -335,7 +336,9 @@ class World:
 
     @property
     def book(self) -> RolloutBook:
-        return fold(self.events, len(self.commits))
+        if self._book.version != len(self.commits):
+            self._book = fold(self.events, len(self.commits))
+        return self._book
 
     def check_table(self) -> None:
         """One rollout of a model at a time, and every commit has a sequence of its own."""
