@@ -22,7 +22,7 @@ from contract.inference import decode_response
 from lake.errors import CommitConflictError
 from lake.predictions import PredictionTable, predictions_path
 from tests.integration.gateway_parts import ROOT, GatewayProcess
-from tests.integration.predict_parts import BASE_US, STREAM, Fleet, open_lake, open_store, run
+from tests.integration.predict_parts import BASE_US, STREAM, Fleet, in_pieces, open_lake, open_store, run
 from tests.integration.release_parts import release
 from tests.unit import onnx_models
 from tests.unit.inference_parts import body, manifest
@@ -141,7 +141,7 @@ def test_small_steps_give_the_same_table(store, fleet, stride, monkeypatch, comm
     monkeypatch.setattr(module, "COMMIT_ROWS", commit_rows)
     monkeypatch.setattr(module, "LANES_MAX", 1)
     monkeypatch.setattr(module, "BATCH_MAX", 3)
-    monkeypatch.setattr("lake.query.BATCH_ROWS", 5)
+    monkeypatch.setattr(module, "_by_lane", in_pieces(5))
     fleet.send("pi-1", 1, [7, 13, 30, 2])
     fleet.send("pi-2", 1, [11, 19])
     fleet.send("pi-2", 2, [11, 19])
@@ -153,7 +153,7 @@ def test_small_steps_give_the_same_table(store, fleet, stride, monkeypatch, comm
 def test_kill_9_in_the_middle_and_a_second_run_give_what_one_run_gives(tmp_path, store, fleet, stride, when):
     for device in ("pi-1", "pi-2", "pi-3", "pi-4", "pi-5"):
         fleet.send(device, 1, [15, 30, 8])
-    for number in (1, 2):
+    for number in (1, 3):
         program = (sys.executable, "-m", "tests.integration.predict_parts", str(tmp_path), str(number), when)
         killed = subprocess.run(program, cwd=ROOT, timeout=60, check=False)
         assert killed.returncode == -signal.SIGKILL
@@ -164,7 +164,8 @@ def test_kill_9_in_the_middle_and_a_second_run_give_what_one_run_gives(tmp_path,
     assert again.windows == len(expected(fleet, stride)) - len(before)
 
 
-def test_of_two_runs_at_once_one_is_refused_and_nothing_is_doubled(store, fleet, stride, monkeypatch):
+@pytest.mark.parametrize("span", [ALL_TIME, Span(BASE_US, None)], ids=["whole", "span"])
+def test_of_two_runs_at_once_one_is_refused_and_nothing_is_doubled(store, fleet, stride, monkeypatch, span):
     fleet.send("pi-1", 1, [40])
     run(store)
     fleet.send("pi-1", 1, [40])
@@ -172,12 +173,12 @@ def test_of_two_runs_at_once_one_is_refused_and_nothing_is_doubled(store, fleet,
 
     def outrun(self, *arguments):
         monkeypatch.setattr(PredictionTable, "append", append)
-        run(store)
+        run(store, span=span)
         append(self, *arguments)
 
     monkeypatch.setattr(PredictionTable, "append", outrun)
     with pytest.raises(CommitConflictError, match="start this one again"):
-        run(store)
+        run(store, span=span)
     assert written(store) == expected(fleet, stride)
     assert run(store).windows == 0
 
