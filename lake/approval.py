@@ -1,22 +1,28 @@
-"""Approving and retiring releases: the signature first, then the row that records it.
+"""Approving and retiring releases: the signature, its publication, then the row that records it.
 
-The signature is what devices believe. Where a process dies between the two, doing it again finds the signature there
-and adds the row.
+The signature is what devices believe, and a row APPROVED says that they can see it: a rollout that is started then finds
+no device that has yet to hear of it. Where a process dies in between, doing it again finds the signature and goes on.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
 from typing import NamedTuple
 
 import msgspec
 from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
 
-from contract.errors import ConfigurationError
+from contract.errors import ConfigurationError, TemporaryError
 from contract.models import Manifest, check_manifest, target_path
 from lake.errors import CorruptLakeError, ObjectMissingError
 from lake.releases import Release, ReleaseEventKind, ReleaseRefused, Releases, ReleaseState, require_state
 from lake.trust.repository import TrustRepository
+
+PUBLICATION_WAIT_S = 30.0
+"""Twice of what a gateway takes by default."""
+_LOOK_INTERVAL_S = 0.5
 
 
 class Approver(NamedTuple):
@@ -38,11 +44,22 @@ class Decision(NamedTuple):
     """False where a gateway with the online key has yet to publish it."""
 
 
-def approve(releases: Releases, model: str, version: int, approver: Approver, why: str) -> Decision:
+def approve(
+    releases: Releases, model: str, version: int, approver: Approver, why: str, *, wait_s: float = PUBLICATION_WAIT_S
+) -> Decision:
     """Sign a release into the targets that devices believe, after a look at everything that it names.
+
+    Args:
+        releases: the register.
+        model: of the release.
+        version: of the release.
+        approver: who, and the keys.
+        why: for the record.
+        wait_s: without the online key, how long a gateway is given to publish it.
 
     Raises:
         ReleaseRefused: there is no such release, it is retired, or what it names is missing or wrong.
+        TemporaryError: it is signed, but no gateway has published it; approve again to have it recorded.
         ConfigurationError: the key is not that of the targets.
         StoreUnavailableError: the store did not answer; call again.
     """
@@ -54,7 +71,8 @@ def approve(releases: Releases, model: str, version: int, approver: Approver, wh
     path = target_path(model, version)
     approver.trust.put_target(path, data)
     keys = _keys(approver, "approving")
-    approver.trust.sign_targets(keys, add={path: data})
+    number = approver.trust.sign_targets(keys, add={path: data})
+    _await_publication(approver, number, f"release {release.name}", wait_s)
     try:
         release = releases.record(ReleaseEventKind.APPROVED, model, version, who=approver.who, why=why)
     except ReleaseRefused:
@@ -62,7 +80,7 @@ def approve(releases: Releases, model: str, version: int, approver: Approver, wh
         approver.trust.sign_targets(keys, remove=[path])
         _published(approver)
         raise
-    return Decision(release, _published(approver))
+    return Decision(release, published=True)
 
 
 def retire(releases: Releases, model: str, version: int, approver: Approver, why: str) -> Decision:
@@ -90,6 +108,21 @@ def _keys(approver: Approver, what: str) -> list[CryptoSigner]:
             "that has it with --keys"
         )
     return [approver.targets]
+
+
+def _await_publication(approver: Approver, number: int, what: str, wait_s: float) -> None:
+    if approver.online is not None:
+        approver.trust.publish([approver.online])
+        return
+    waiting = threading.Event()
+    ends_s = time.monotonic() + wait_s
+    while approver.trust.published().targets_published < number:
+        if time.monotonic() > ends_s:
+            raise TemporaryError(
+                f"{what} is signed, but no gateway published it within {wait_s:g} s; let one run with [models] "
+                "online_key, then approve again"
+            )
+        waiting.wait(_LOOK_INTERVAL_S)
 
 
 def _published(approver: Approver) -> bool:

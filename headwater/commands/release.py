@@ -137,7 +137,7 @@ def approve(
 ) -> None:
     """Let devices believe a release: check everything it names, sign it with the targets key, record who and why.
 
-    With online.pem beside it, it is in force at once; otherwise as soon as a gateway has published it.
+    With online.pem beside it, it is in force at once; otherwise a gateway has to publish it, which is waited for.
     """
     from lake.approval import approve as decide
 

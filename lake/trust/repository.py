@@ -70,9 +70,14 @@ class Published(NamedTuple):
     timestamp: Timestamp
 
     @property
+    def targets_published(self) -> int:
+        """Version of the targets that devices see."""
+        return int(self.snapshot.meta[TARGETS_FILE].version)
+
+    @property
     def behind(self) -> bool:
-        """Whether approvals wait for the online key."""
-        return bool(self.snapshot.meta[TARGETS_FILE].version < self.targets.version)
+        """Whether what was signed waits for the online key."""
+        return self.targets_published < self.targets.version
 
     def left_s(self, now_us: int) -> dict[str, float]:
         """Seconds to expiry, by role."""

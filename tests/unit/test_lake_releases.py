@@ -2,7 +2,7 @@
 
 Mutants tried, each made a test here fail: the row before the artifacts; the version taken without check-and-set; the
 APPROVED row before the signature; an artifact approved by its size alone; a second release for the same content; an
-approval left signed where the release was retired meanwhile.
+approval left signed where the release was retired meanwhile; the APPROVED row before a gateway published.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import msgspec
 import pyarrow as pa
 import pytest
 
-from contract.errors import ConfigurationError
+from contract.errors import ConfigurationError, TemporaryError
 from contract.models import Artifact, Dataset, Manifest, Probe, target_path
 from headwater.release_view import difference, line, parse_release, whole
 from lake.approval import Approver, approve, retire
@@ -244,8 +244,19 @@ def test_keys_are_asked_for_by_name(releases: Releases, world: World) -> None:
         approve(releases, MODEL, 1, approver(world, targets=None), "")
     with pytest.raises(ConfigurationError, match="targets metadata needs"):
         approve(releases, MODEL, 1, approver(world, targets=world.online), "")
-    decision = approve(releases, MODEL, 1, approver(world, online=None), "")
-    assert not decision.published
+
+
+def test_a_release_counts_as_approved_when_devices_can_see_it(releases: Releases, world: World) -> None:
+    published(releases)
+    people = approver(world, online=None)
+    with pytest.raises(TemporaryError, match="no gateway published it"):
+        approve(releases, MODEL, 1, people, "", wait_s=0.1)
+    assert releases.look().get(MODEL, 1).state is ReleaseState.DRAFT
+    gateway = threading.Timer(0.3, lambda: world.repository().publish([world.online]))
+    gateway.start()
+    assert approve(releases, MODEL, 1, people, "", wait_s=20).release.state is ReleaseState.APPROVED
+    gateway.join(10)
+    assert not retire(releases, MODEL, 1, people, "").published
 
 
 def test_an_artifact_is_given_back_only_as_it_was_put(releases: Releases, world: World) -> None:
