@@ -113,13 +113,13 @@ def _robust_z_score(params: Mapping[str, Any], seed: int) -> Any:
 
 def _lightgbm(params: Mapping[str, Any], seed: int) -> Any:
     module = _extra("lightgbm")
-    fixed = {"n_jobs": JOBS_MAX, "verbosity": -1, "deterministic": True, "force_row_wise": True}
+    fixed = {"n_jobs": 1, "verbosity": -1, "deterministic": True, "force_row_wise": True}
     return module.LGBMClassifier(**{**fixed, "random_state": seed, **params})
 
 
 def _xgboost(params: Mapping[str, Any], seed: int) -> Any:
     module = _extra("xgboost")
-    return module.XGBClassifier(**{"n_jobs": JOBS_MAX, "tree_method": "hist", "random_state": seed, **params})
+    return module.XGBClassifier(**{"n_jobs": 1, "tree_method": "hist", "random_state": seed, **params})
 
 
 def _extra(name: str) -> Any:
@@ -362,7 +362,8 @@ def score(estimator: Any, features: Float32s) -> Float32s:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about names of features, which lightgbm misses
         if hasattr(estimator, "predict_proba"):
-            return np.asarray(estimator.predict_proba(values), dtype=np.float32)
+            # Boosting gives its probabilities column by column; their bytes are compared row by row.
+            return np.ascontiguousarray(estimator.predict_proba(values), dtype=np.float32)
         model = last_step(estimator)
         # The SVM's score_samples is only its decision function moved by a constant.
         ask = estimator.decision_function if type(model).__name__ == "OneClassSVM" else estimator.score_samples

@@ -53,7 +53,9 @@ def inject(windows: Float32s, scale: npt.NDArray[np.float64], seed: int) -> Floa
             case "drift":
                 signal += (size[number] * ramp).astype(np.float32)
             case "spikes":
-                signal[random.random(rows) < 0.1] += np.float32(size[number])
+                leaps = random.random(rows) < 0.1
+                leaps[random.integers(rows)] = True
+                signal[leaps] += np.float32(size[number])
             case "noise":
                 signal += random.normal(0.0, abs(size[number]), rows).astype(np.float32)
             case "stuck":
