@@ -11,7 +11,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from contract.messages import Reported
-from contract.models import FINAL_STATES, Assignment, DeviceState, ReportedModel, ReportedOrder
+from contract.models import (
+    FINAL_STATES,
+    Artifact,
+    Assignment,
+    Dataset,
+    DeviceState,
+    Manifest,
+    ReportedModel,
+    ReportedOrder,
+    Window,
+)
 from lake.rollout_spec import Guard, Spec, Stage
 
 MODEL = "wear"
@@ -139,3 +149,28 @@ class SimulatedDevice:
         if end is DeviceState.COMMITTED:
             self.active[order.model] = order.version
         return end
+
+
+def manifest_of(model: str) -> Manifest:
+    """Of a release that is never run."""
+    return Manifest(
+        model=model,
+        version=1,
+        artifact=Artifact(sha256="0" * 64, size=1),
+        task="anomaly",
+        stream="vibration",
+        fields=("x",),
+        dtypes=("double",),
+        window=Window(rows=8, stride=8, gap_s=1.0),
+        sample_rate_hz=None,
+        threshold=0.5,
+        features=("x_mean",),
+        family="test",
+        metrics=(),
+        dataset=Dataset(streams={"vibration": 1}, sha256="0" * 64, windows=1),
+        recipe="",
+        code="test",
+        seed=1,
+        packages={},
+        created_at_us=1,
+    )

@@ -16,14 +16,14 @@ from securesystemslib.dsse import Envelope
 
 from contract import topics
 from contract.messages import Assignments, Presence, decode, encode
-from contract.models import ASSIGNMENT_TYPE, Artifact, Assignment, Dataset, Manifest, Window
+from contract.models import ASSIGNMENT_TYPE, Assignment
 from headwater import cli
 from lake.store import Store, StoreSettings
 from lake.trust.keys import generate_key, write_key
 from tests.integration.gateway_parts import GatewayProcess
 from tests.integration.release_parts import release
 from tests.integration.servers import PATIENCE_S, MqttClient, wait_until
-from tests.rollout_devices import SimulatedDevice
+from tests.rollout_devices import SimulatedDevice, manifest_of
 
 BOOT = "ef" * 16
 QUICK = {"interval_s": 0.2, "settle_s": 0.5, "republish_s": 2.0, "sweep_s": 2.0}
@@ -200,28 +200,3 @@ class Bench:
         path = self.folder / "rollout.toml"
         path.write_text(text)
         yield str(path)
-
-
-def manifest_of(model: str) -> Manifest:
-    """Of a release that is never run."""
-    return Manifest(
-        model=model,
-        version=1,
-        artifact=Artifact(sha256="0" * 64, size=1),
-        task="anomaly",
-        stream="vibration",
-        fields=("x",),
-        dtypes=("double",),
-        window=Window(rows=8, stride=8, gap_s=1.0),
-        sample_rate_hz=None,
-        threshold=0.5,
-        features=("x_mean",),
-        family="test",
-        metrics=(),
-        dataset=Dataset(streams={"vibration": 1}, sha256="0" * 64, windows=1),
-        recipe="",
-        code="test",
-        seed=1,
-        packages={},
-        created_at_us=1,
-    )
