@@ -17,6 +17,7 @@ import structlog
 from aiohttp import web
 
 from contract.errors import TemporaryError
+from contract.models import METADATA_BYTES_MAX
 from gateway.http import error
 from gateway.metrics import GatewayMetrics
 from gateway.offload import in_thread
@@ -28,12 +29,11 @@ _log = structlog.get_logger()
 DOWNLOADS_MAX = 32
 """At the same time; more are told to come back."""
 CHUNK_BYTES = 256 * 1024
-"""Read from the lake at once: this much memory per download."""
+"""Read from the lake at once: this much memory per download; metadata is read whole, for its hash."""
 SLICE_BYTES = 32 * 1024
 SLICE_TIMEOUT_S = 30.0
 """A client that does not take a slice within it is cut off; it resumes where it was."""
 RETRY_AFTER_S = "2"
-METADATA_WHOLE_BYTES_MAX = 4 * 1024 * 1024
 _NAME = "[a-z0-9][a-z0-9._-]{0,62}"
 _METADATA = re.compile(r"metadata/(?:(?:[1-9][0-9]{0,9}\.(?:root|targets|snapshot))|timestamp)\.json", re.ASCII)
 _BY_HASH = re.compile(
@@ -117,7 +117,7 @@ class ModelFiles:
             return await self._answer(request, path, by_hash[1] or by_hash[2], size, kind, None)
         if _METADATA.fullmatch(path) is None:
             raise web.HTTPNotFound
-        data = await self._asked(lambda store: store.get_range(f"models/{path}", 0, METADATA_WHOLE_BYTES_MAX))
+        data = await self._asked(lambda store: store.get_range(f"models/{path}", 0, METADATA_BYTES_MAX))
         return await self._answer(request, path, hashlib.sha256(data).hexdigest(), len(data), "application/json", data)
 
     async def _answer(

@@ -1,7 +1,8 @@
 """Approving and retiring releases: the signature, its publication, then the row that records it.
 
 The signature is what devices believe, and a row APPROVED says that they can see it: a rollout that is started then
-finds no device that has yet to hear of it. Where a process dies in between, doing it again finds the signature and goes on.
+finds no device that has yet to hear of it. Where a process dies in between, doing it again finds the signature and goes
+on.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from structlog.testing import capture_logs
 
+from contract.models import METADATA_BYTES_MAX
 from gateway import models_http
 from gateway.http import HttpApi, Views
 from gateway.models_http import CHUNK_BYTES, DOWNLOADS_MAX, ModelFiles, Span, Unsatisfiable, parse_range
@@ -202,7 +203,7 @@ class SlowStore:
 
     def get_range(self, path: str, start: int, length: int) -> bytes:
         self.reads += 1
-        assert length <= max(CHUNK_BYTES, models_http.METADATA_WHOLE_BYTES_MAX)
+        assert length <= max(CHUNK_BYTES, METADATA_BYTES_MAX)
         self.gate.wait(10)
         if self.failing:
             raise StoreUnavailableError("cannot read")
