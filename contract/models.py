@@ -55,7 +55,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Readings are taken in the order in which the device recorded them. A window is complete when `rows` readings have
     come since the start of a run, and again after every further `stride`. A run ends, and the next begins empty, where
-    two neighbouring readings are more than `gap_s` apart, or where `ts` goes back.
+    two neighbouring readings are more than `gap_s` apart, where `ts` goes back, or where the device's epoch changes.
     """
 
     rows: Annotated[int, msgspec.Meta(ge=2, le=WINDOW_ROWS_MAX)]
