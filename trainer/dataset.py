@@ -146,7 +146,7 @@ class Cutter:
             OSError: the disk refused.
         """
         window = self._recipe.window
-        starts = window_starts(rows.ts_us, window)
+        starts = window_starts(rows.ts_us, window, rows.epochs)
         everything = len(starts)
         # Which rows stand in a window: neighbours overlap, or leave a gap of stride - rows.
         windowed = (

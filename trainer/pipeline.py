@@ -8,9 +8,14 @@ _SHAPE = ("name", "task", "data", "labels", "window", "split")
 
 DATASET = Step("dataset", "trainer.dataset:step", (), _SHAPE, pins="trainer.dataset:pins")
 CHECKS = Step("checks", "trainer.checks:step", (DATASET,), ("task", "split", "window", "checks"))
-SEARCH = Step("search", "trainer.search:step", (DATASET, CHECKS), ("task", "features", "families", "search"))
-EVALUATE = Step("evaluate", "trainer.evaluate:step", (DATASET, CHECKS, SEARCH), ("task", "search"))
-EXPORT = Step("export", "trainer.export:step", (DATASET, CHECKS, SEARCH), ("task", "window", "limits"))
+SEARCH = Step("search", "trainer.search:step", (DATASET, CHECKS), ("task", "window", "features", "families", "search"))
+EVALUATE = Step(
+    "evaluate",
+    "trainer.evaluate:step",
+    (DATASET, CHECKS, SEARCH),
+    ("name", "task", "window", "search", "labels", "report"),
+)
+EXPORT = Step("export", "trainer.export:step", (DATASET, CHECKS, SEARCH), ("name", "task", "data", "window", "limits"))
 RELEASE = Step("release", "trainer.release:step", (DATASET, EVALUATE, EXPORT), ("name", "limits", "policy", "search"))
 
 STEPS: dict[str, Step] = {step.name: step for step in (DATASET, CHECKS, SEARCH, EVALUATE, EXPORT, RELEASE)}

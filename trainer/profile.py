@@ -105,7 +105,7 @@ def device_figures(rows: DeviceRows, window: Window) -> dict[str, Any]:
         "rows": len(rows.ts_us),
         "duplicates": int((steps == 0).sum()),
         "backwards": int((steps < 0).sum()),
-        "runs": len(runs_of(rows.ts_us, window).starts),
+        "runs": len(runs_of(rows.ts_us, window, rows.epochs).starts),
         "step_us": float(np.median(rising)) if len(rising) else None,
         "first_us": int(rows.ts_us.min()),
         "last_us": int(rows.ts_us.max()),

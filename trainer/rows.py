@@ -25,7 +25,8 @@ from trainer.recipe import Data
 Float32s = npt.NDArray[np.float32]
 Int64s = npt.NDArray[np.int64]
 
-_BEGAN, _TIME = "_began", "_time"
+_TIME, _LIFE = "_time", "_life"
+"""Columns of our own: `ts` in microseconds, and the number of the epoch among those of the device."""
 _ARROW_NAMES = {"float": "float32", "double": "float64", "halffloat": "float16"}
 
 
@@ -37,6 +38,8 @@ class DeviceRows(NamedTuple):
     """`[N]`, in recorded order, microseconds since 1970-01-01 UTC."""
     values: Float32s
     """`[N, C]`, NaN where the value was null."""
+    epochs: Int64s
+    """`[E]`: index of the first row of every epoch but the first."""
     nulls: Int64s
     """`[C]`: how many values were null, rather than NaN."""
 
@@ -118,15 +121,16 @@ def _ordered(lake: Lake, data: Data, pins: Pins) -> str:
                 f"{identifier(name)} in [data] sql"
             )
     wanted = ", ".join(f"r.{identifier(name)}" for name in data.fields)
-    chosen = f"SELECT r.{DEVICE}, epoch_us(r.ts) AS {_TIME}, {wanted}"
+    time = f"epoch_us(r.ts) AS {_TIME}"
     if not {EPOCH, SEQ, ROW} <= set(schema.names):
-        return f"{chosen} FROM ({base}) r ORDER BY r.{DEVICE}, {_TIME}"
+        return f"SELECT r.{DEVICE}, {time}, 1::BIGINT AS {_LIFE}, {wanted} FROM ({base}) r ORDER BY r.{DEVICE}, {_TIME}"
     # NOT MATERIALIZED: reading the files twice costs less than keeping all rows in between.
     return (
         f"WITH r AS NOT MATERIALIZED ({base}), "
-        f"e AS (SELECT {DEVICE}, {EPOCH}, min(ts) AS {_BEGAN} FROM r GROUP BY ALL) "
-        f"{chosen} FROM r JOIN e USING ({DEVICE}, {EPOCH}) "
-        f"ORDER BY r.{DEVICE}, e.{_BEGAN}, r.{EPOCH}, r.{SEQ}, r.{ROW}"
+        f"e AS (SELECT {DEVICE}, {EPOCH}, row_number() OVER (PARTITION BY {DEVICE} ORDER BY min(ts), {EPOCH}) "
+        f"AS {_LIFE} FROM r GROUP BY {DEVICE}, {EPOCH}) "
+        f"SELECT r.{DEVICE}, {time}, e.{_LIFE}, {wanted} FROM r JOIN e USING ({DEVICE}, {EPOCH}) "
+        f"ORDER BY r.{DEVICE}, e.{_LIFE}, r.{SEQ}, r.{ROW}"
     )
 
 
@@ -165,10 +169,11 @@ def _rows(parts: list[pa.RecordBatch], data: Data) -> DeviceRows:
     values = np.empty((table.num_rows, len(data.fields)), np.float32)
     nulls = np.zeros(len(data.fields), np.int64)
     for number in range(len(data.fields)):
-        column = table.column(2 + number)
+        column = table.column(3 + number)
         values[:, number] = as_float32(column)
         nulls[number] = column.null_count
-    return DeviceRows(device, np.asarray(times.to_numpy(), np.int64), values, nulls)
+    epochs = np.flatnonzero(np.diff(table.column(2).to_numpy())) + 1
+    return DeviceRows(device, np.asarray(times.to_numpy(), np.int64), values, epochs, nulls)
 
 
 def as_float32(column: pa.ChunkedArray) -> Float32s:

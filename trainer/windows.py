@@ -14,6 +14,7 @@ Int64s = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.int32]
 
 Span = Literal["drop", "majority", "last"]
+_ONE_EPOCH: Int64s = np.zeros(0, np.int64)
 UNLABELLED = -1
 """Code of a row or window without a label."""
 MIXED = -2
@@ -29,24 +30,29 @@ class Runs(NamedTuple):
     """`[R]`: rows of each."""
 
 
-def runs_of(ts_us: Int64s, window: Window) -> Runs:
+def runs_of(ts_us: Int64s, window: Window, epochs: Int64s = _ONE_EPOCH) -> Runs:
     """Where a device's rows fall apart.
 
     Args:
         ts_us: `[N]`, in the order in which they were recorded, microseconds since 1970-01-01 UTC.
         window: whose `gap_us` counts.
+        epochs: index of the first row of every epoch but the first.
     """
     if not len(ts_us):
         nothing = np.zeros(0, np.int64)
         return Runs(nothing, nothing)
     steps = np.diff(ts_us)
-    starts = np.concatenate(([0], np.flatnonzero((steps < 0) | (steps > window.gap_us)) + 1)).astype(np.int64)
+    breaks = np.flatnonzero((steps < 0) | (steps > window.gap_us)) + 1
+    starts = np.union1d(np.union1d([0], breaks), epochs).astype(np.int64)
     return Runs(starts, np.diff(starts, append=len(ts_us)))
 
 
-def window_starts(ts_us: Int64s, window: Window) -> Int64s:
-    """Index of the first row of every complete window, rising; a window is the `window.rows` rows from there on."""
-    runs = runs_of(ts_us, window)
+def window_starts(ts_us: Int64s, window: Window, epochs: Int64s = _ONE_EPOCH) -> Int64s:
+    """Index of the first row of every complete window, rising; a window is the `window.rows` rows from there on.
+
+    Args: as of `runs_of`.
+    """
+    runs = runs_of(ts_us, window, epochs)
     counts = np.maximum(0, (runs.lengths - window.rows) // window.stride + 1)
     before = np.cumsum(counts) - counts
     within = np.arange(counts.sum(), dtype=np.int64) - np.repeat(before, counts)

@@ -104,7 +104,7 @@ def test_rows_are_taken_in_recorded_order_epoch_by_epoch(store: Store, train: Tr
     back = ts.copy()
     back[200:] -= 150 * STEP_US
     bring_in(store, "motion", "a", epoch=2, ts=back, x=np.arange(300, dtype=np.float64), y=np.arange(300) % 7)
-    later = ts + 300 * STEP_US
+    later = ts + 150 * STEP_US  # without a gap: only the epoch tells that the device began anew
     bring_in(store, "motion", "a", epoch=1, ts=later, x=1_000 + np.arange(300, dtype=np.float64), y=np.arange(300) % 7)
     text = RECIPE.replace('[labels]\nstream = "doing"\nfield = "what"\n', "").replace("classification", "anomaly")
     assert train(text).record.outputs["labels"] is None

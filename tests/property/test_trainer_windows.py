@@ -7,6 +7,7 @@ from the first run over all; one window too few per run; majority of equals the 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 import numpy as np
 from hypothesis import given
@@ -27,11 +28,11 @@ def times(draw: st.DrawFn) -> np.ndarray:
     return np.cumsum([start, *draw(st.lists(steps, max_size=60))])
 
 
-def row_by_row(ts_us: np.ndarray, window: Window) -> list[int]:
+def row_by_row(ts_us: np.ndarray, window: Window, epochs: Collection[int] = ()) -> list[int]:
     """The rule of `contract.models.Window`, read aloud."""
     starts, run, since = [], 0, 0
     for number, moment in enumerate(ts_us.tolist()):
-        if number and not 0 <= moment - int(ts_us[number - 1]) <= window.gap_us:
+        if number and (number in epochs or not 0 <= moment - int(ts_us[number - 1]) <= window.gap_us):
             run, since = number, 0
         since += 1
         if since >= window.rows and (since - window.rows) % window.stride == 0:
@@ -39,9 +40,12 @@ def row_by_row(ts_us: np.ndarray, window: Window) -> list[int]:
     return starts
 
 
-@given(times(), windows)
-def test_windows_are_those_of_the_rule(ts_us: np.ndarray, window: Window) -> None:
+@given(times(), windows, st.sets(st.integers(1, 60)))
+def test_windows_are_those_of_the_rule(ts_us: np.ndarray, window: Window, epochs: set[int]) -> None:
     assert window_starts(ts_us, window).tolist() == row_by_row(ts_us, window)
+    begins = sorted(number for number in epochs if number < len(ts_us))
+    found = window_starts(ts_us, window, np.array(begins, dtype=np.int64))
+    assert found.tolist() == row_by_row(ts_us, window, begins)
 
 
 @given(times(), windows)

@@ -184,7 +184,7 @@ def test_a_class_that_is_judged_but_never_trained_fails() -> None:
 def test_figures_of_a_device_are_those_of_its_rows() -> None:
     ts = np.array([0, 1, 1, 2, 200, 201, 100]) * STEP_US
     values = np.array([[1, 5], [1, 5], [1, 5], [2, np.nan], [2, np.inf], [3, 6], [4, -7]], np.float32)
-    rows = DeviceRows("a", ts, values, np.array([0, 1]))
+    rows = DeviceRows("a", ts, values, np.array([4]), np.array([0, 1]))
     figures = device_figures(rows, RECIPE.window)
     assert figures == {
         "device": "a",
