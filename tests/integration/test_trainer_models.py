@@ -1,0 +1,186 @@
+"""Models of real recordings: what they are worth before people, and before a time, that they have not seen.
+
+The watch: one fifth of the wearers judge, whom neither the search nor the selection of features has seen. The machine:
+the last quarter of the series judges; its labels are used for nothing but counting.
+
+Mutant tried, seen to fail here: labels shuffled before training (accuracy 0.2).
+"""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.window_sets import machine_recipe, machine_windows, watch_recipe, watch_windows
+from trainer import evaluate, export, search, tracking
+from trainer.errors import StepNotReadyError
+from trainer.recipe import Report, Search, SplitRule
+from trainer.split import save_split, split_windows
+from trainer.steps import StepContext
+
+ROWS, STRIDE = 256, 128
+
+
+class Folders(StepContext):
+    """A context whose steps have no records: each step's folder is simply there."""
+
+    def folder(self, step: str) -> Path:
+        if not (self.work / step).is_dir():
+            raise StepNotReadyError(step)
+        return self.work / step
+
+    def outputs(self, step: str) -> dict:
+        return json.loads((self.work / step / "outputs.json").read_text())
+
+
+def run(tmp_path: Path, dataset, recipe) -> dict[str, dict]:
+    """The three steps, one after the other, over the folders that real steps have."""
+    for name in ("dataset", "checks"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "outputs.json").write_text(json.dumps({"windows": len(dataset)}))
+    dataset.save(tmp_path / "dataset")
+    save_split(split_windows(dataset, recipe, 1), tmp_path / "checks")
+    found = {}
+    for name, step in (("search", search.step), ("evaluate", evaluate.step), ("export", export.step)):
+        (tmp_path / name).mkdir()
+        context = Folders(
+            recipe=recipe, work=tmp_path, lake=None, store=None, seed=1, into=tmp_path / name, recipe_text="<recipe>"
+        )
+        found[name] = json.loads(json.dumps(step(context)))
+    return found
+
+
+def value(metrics: list[dict], name: str) -> float:
+    return next(metric["value"] for metric in metrics if metric["name"] == name)
+
+
+@pytest.mark.timeout(300)
+def test_exercises_of_people_never_seen_are_told_apart(tmp_path: Path) -> None:
+    dataset = watch_windows(ROWS, STRIDE)
+    recipe = watch_recipe(
+        ROWS,
+        STRIDE,
+        families={
+            "extra_trees": {"n_estimators": 100, "max_features": ["sqrt", 0.2]},
+            "logistic_regression": {"C": 0.03},
+        },
+        split=SplitRule(by="group", group="s..", folds=3),
+        search=Search(metric="f1_macro", trials=5),
+        report=Report(html=True, learning_curve=True),
+    )
+    found = run(tmp_path, dataset, recipe)
+    metrics = found["evaluate"]["metrics"]
+    baseline = {one["name"]: one for one in found["evaluate"]["baselines"]}
+    print(metrics, baseline)
+    assert value(metrics, "accuracy") >= 0.85
+    assert value(metrics, "f1_macro") >= 0.85
+    assert baseline["most frequent class"]["accuracy"] < 0.4
+    assert any(name.endswith("as it comes") for name in baseline)
+    assert found["export"]["parity"]["score_difference_max"] == 0.0
+    assert found["export"]["classes"] == ["ABD", "ER", "FEL", "IR", "PEN", "ROW", "TRAP"]
+    assert {path.name for path in (tmp_path / "export").iterdir()} == {"model.onnx", "probe.arrow", "reference.json"}
+    assert not list(tmp_path.glob(f"{search.JOURNAL_FILE}*"))
+    figures = json.loads((tmp_path / "evaluate" / "evaluation.json").read_text())
+    judged = {device["device"].split("-")[1] for device in figures["devices"]}
+    learned = set(dataset.groups.tolist()) - judged
+    assert judged
+    assert len(learned) >= 7
+    assert [point["groups"] for point in figures["curve"]][-1] == len(learned)
+    assert np.sum(figures["classification"]["confusion"]) == figures["test_windows"]
+    check_page(tmp_path / "evaluate" / "report.html", svgs=8)
+
+
+def check_page(path: Path, svgs: int) -> None:
+    """One page that is whole and asks nobody for anything."""
+    page = path.read_text()
+    assert page.count("<svg") == svgs
+    assert "&lt;recipe&gt;" in page
+    parser = References()
+    parser.feed(page)
+    assert not parser.outside
+    assert len(page) < 3_000_000
+
+
+class References(HTMLParser):
+    """What a page would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        if tag in ("script", "link", "img", "iframe"):
+            self.outside.append(tag)
+        self.outside += [text for name, text in attributes if name in ("src", "href") and text.startswith("http")]
+
+
+@pytest.mark.timeout(300)
+def test_failures_of_a_machine_are_found_with_fewer_false_alarms_than_a_rolling_z_score(tmp_path: Path) -> None:
+    dataset = machine_windows(72, 12)
+    recipe = machine_recipe(72, 12, report=Report(html=True))
+    found = run(tmp_path, dataset, recipe)
+    judged, everything = found["evaluate"]["alarms"], found["evaluate"]["alarms_all"]
+    figures = json.loads((tmp_path / "evaluate" / "evaluation.json").read_text())
+    rolling = next(one for one in figures["baselines"] if one["name"] == "rolling z-score")
+    print(found["search"]["family"], judged, everything, rolling, sep="\n")
+    assert (judged["labelled"], judged["found"]) == (1, 1)
+    assert (everything["labelled"], rolling["alarms_all"]["labelled"]) == (4, 4)
+    assert everything["found"] >= rolling["alarms_all"]["found"]
+    assert everything["false_alarms_per_month"] < rolling["alarms_all"]["false_alarms_per_month"]
+    assert judged["roc_auc"] > 0.9 > rolling["alarms"]["roc_auc"]
+    assert found["export"]["classes"] == []
+    assert found["export"]["threshold"] == found["search"]["threshold"]
+    check_page(tmp_path / "evaluate" / "report.html", svgs=4)
+
+
+def test_runs_go_to_mlflow_only_where_its_uri_is_set_and_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, metrics = watch_recipe(16, 16), [{"name": "accuracy", "value": 0.9, "split": "test"}]
+    candidate = search.Candidate(family="extra_trees", params={"n_estimators": 10})
+    trial = search.TrialResult(candidate=candidate, state="scored", tuned=True, score=0.9)
+    result = search.SearchResult(metric="f1_macro", best=trial, baseline=None, stopped="trials", trials=[trial])
+    assert tracking.log_run(recipe, result, metrics, [], {}) is None
+
+    def missing(name: str):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(tracking, "import_module", missing)
+    with pytest.raises(tracking.ConfigurationError, match="pip install mlflow-skinny"):
+        tracking.log_run(recipe, result, metrics, [], {tracking.URI_VARIABLE: "http://mlflow:5000"})
+    server = FakeMlflow()
+    monkeypatch.setattr(tracking, "import_module", lambda name: server)
+    uri = {tracking.URI_VARIABLE: "http://mlflow:5000"}
+    assert tracking.log_run(recipe, result, metrics, [Path("report.html")], uri) == "run-1"
+    assert server.said[-2:] == [("log_metrics", {"accuracy": 0.9}), ("log_artifact", "report.html")]
+    server.broken = True
+    with pytest.raises(tracking.TemporaryError, match="does not take the run"):
+        tracking.log_run(recipe, result, metrics, [], uri)
+
+
+class FakeMlflow:
+    """The functions of MLflow that are called, written down; MLflow itself is no dependency."""
+
+    class MlflowException(Exception):
+        """Its own."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple] = []
+        self.broken = False
+        self.info = type("Info", (), {"run_id": "run-1"})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def start_run(self):
+        if self.broken:
+            raise self.MlflowException("connection refused")
+        return self
+
+    def __getattr__(self, name: str):
+        return lambda *arguments: self.said.append((name, *arguments))
