@@ -39,6 +39,7 @@ class Fleet:
     def __init__(self, store: Store, stream: str = STREAM) -> None:
         self.store, self.stream = store, stream
         self.sent: dict[tuple[str, str], list[pa.RecordBatch]] = {}
+        self._now_us: dict[tuple[str, str], int] = {}
 
     def send(self, device: str, epoch: int, sizes: list[int], *, late_s: float = 0.0) -> None:
         """Commit batches of so many rows to the end of a lane."""
@@ -48,15 +49,16 @@ class Fleet:
         sent = self.sent.setdefault(lane, [])
         for size in sizes:
             seq = len(sent) + 1
-            batch = self._rows(lane, seq, sum(each.num_rows for each in sent), size, late_s)
+            batch = self._rows(lane, seq, size, late_s)
             sent.append(batch)
             table.append([RawBatch(*lane, seq, 0, BASE_US, CLOCK, batch)], {lane: seq}, {0: table.shard_counter(0) + 1})
             table.refresh()
 
-    def _rows(self, lane: tuple[str, str], seq: int, before: int, size: int, late_s: float) -> pa.RecordBatch:
+    def _rows(self, lane: tuple[str, str], seq: int, size: int, late_s: float) -> pa.RecordBatch:
         rng = np.random.default_rng([seq, *lane[0].encode(), int(lane[1], 16)])
-        pauses = np.where(rng.random(size) < 0.06, rng.choice([60, -3], size), 0)
-        ts = BASE_US + int(late_s * 1e6) + ((before + np.arange(size)) + np.cumsum(pauses) + 100 * seq % 7) * 1_000_000
+        steps_s = np.where(rng.random(size) < 0.06, rng.choice([60, -3], size), 1)
+        ts = self._now_us.get(lane, BASE_US + int(late_s * 1e6)) + np.cumsum(steps_s) * 1_000_000
+        self._now_us[lane] = int(ts[-1])
         x = rng.normal(size=size)
         y = pa.array(rng.normal(size=size).astype(np.float32), mask=rng.random(size) < 0.05)
         return pa.record_batch({"ts": pa.array(ts, pa.timestamp("us", tz="UTC")), "x": pa.array(x), "y": y})

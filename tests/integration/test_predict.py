@@ -4,8 +4,7 @@ The oracle cuts the windows of every lane by the rule (`trainer.windows`) out of
 means with numpy.
 
 Mutants tried, each made a test fail: reading on from the first row that is not done; no look at what runs over a span
-wrote; progress moved by a run over a span; a partly read batch counted as done; progress without rows; no counter;
-the row within the batch ignored when cutting goes on.
+wrote; progress moved by a run over a span; a partly read batch counted as done; no counter of runs; the row within the batch ignored when cutting goes on.
 """
 
 from __future__ import annotations
@@ -151,12 +150,10 @@ def test_small_steps_give_the_same_table(store, fleet, stride, monkeypatch, comm
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_kill_9_in_the_middle_and_a_second_run_give_what_one_run_gives(tmp_path, store, fleet, stride, when):
-    for device in ("pi-1", "pi-2", "pi-3", "pi-4", "pi-5"):
+    for device in ("pi-1", "pi-2", "pi-3"):
         fleet.send(device, 1, [15, 30, 8])
-    for number in (1, 3):
-        program = (sys.executable, "-m", "tests.integration.predict_parts", str(tmp_path), str(number), when)
-        killed = subprocess.run(program, cwd=ROOT, timeout=60, check=False)
-        assert killed.returncode == -signal.SIGKILL
+    program = (sys.executable, "-m", "tests.integration.predict_parts", str(tmp_path), "4", when)
+    assert subprocess.run(program, cwd=ROOT, timeout=60, check=False).returncode == -signal.SIGKILL
     before = written(store)
     assert 0 < len(before) < len(expected(fleet, stride))
     again = run(store)
