@@ -12,7 +12,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from sklearn import metrics
 
-from trainer.evaluate import CurvePoint, DeviceFigures, Drift
+from trainer.evaluation import CurvePoint, DeviceFigures, Drift
 from trainer.figures import ClassificationFigures
 from trainer.search import TrialResult
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer import plots
 from trainer.candidates import Trained
-from trainer.evaluate import Evaluation, anomalies
+from trainer.evaluation import Evaluation, anomalies
 from trainer.figures import AlarmFigures, ClassificationFigures
 from trainer.material import Material
 from trainer.search import SearchResult
