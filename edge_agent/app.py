@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import importlib.metadata
 import logging
 import math
@@ -36,6 +35,7 @@ from edge_agent.buffer.sqlite import SqliteBuffer
 from edge_agent.clock import DeviceClock, clock_is_synced, read_boot_id
 from edge_agent.events import Event, EventLog, Kind
 from edge_agent.identity import hardware_fingerprint
+from edge_agent.lean import give_back_memory
 from edge_agent.metrics import AgentMetrics, serve
 from edge_agent.recorder import FINISH_S, Recorder
 from edge_agent.remote_config import RemoteConfigFile, in_force
@@ -98,10 +98,9 @@ def run_agent(settings: AgentSettings, environment: Mapping[str, str] | None = N
 def _spare_memory() -> None:
     """Let threads share two heaps, and give back what importing has left behind: 10 MB of an agent (glibc)."""
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+    if hasattr(libc, "mallopt"):
         libc.mallopt(_M_ARENA_MAX, 2)
-        gc.collect()
-        libc.malloc_trim(0)
+    give_back_memory()
 
 
 def configure_logging(settings: LogSettings) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import sys
 import tomllib
@@ -32,6 +34,14 @@ def spare_memory(config: Path) -> None:
             import structlog  # noqa: F401 - imported now for what it loads
         finally:
             del sys.modules["rich"]
+
+
+def give_back_memory() -> None:
+    """Let the system have what importing or loading has left behind (glibc; elsewhere nothing happens)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        gc.collect()
+        libc.malloc_trim(0)
 
 
 def _forbid(module: str) -> None:

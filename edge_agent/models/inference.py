@@ -95,7 +95,7 @@ class _Spec(NamedTuple):
     window: Window
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Feed:
     """A ring and who eats from it."""
 
@@ -280,9 +280,15 @@ class Engine:
 
     def _score(self, queued: _Feed, cut: Cut) -> None:
         running = self._running.get(queued.model)
-        feed = next((each for each in running.feeds if each.spec == queued.spec), None) if running is not None else None
-        if running is None or feed is None:
+        if running is None:
             return
+        feed = queued
+        if queued not in running.feeds:
+            # What runs has changed since the window was cut; who eats such windows now takes it.
+            same = [each for each in running.feeds if each.spec == queued.spec]
+            if not same:
+                return
+            feed = same[0]
         if running.front:
             if feed.candidate is not None:
                 outcome = self._tried(feed.candidate, cut)

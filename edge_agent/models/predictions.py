@@ -58,21 +58,25 @@ class PredictionWriter:
     """Puts predictions into their streams; never waits: what finds no room is counted.
 
     Args:
-        sink_of: opens the queue of a stream, the same each time.
+        sink_of: opens the queue of a stream.
         features_every: one row in so many carries its features; 0 for none.
     """
 
     def __init__(self, sink_of: Callable[[str], Sink], features_every: int) -> None:
         self._sink_of, self._every = sink_of, features_every
+        self._sinks: dict[str, Sink] = {}
         self._written: dict[str, int] = {}
         self.dropped = 0
         """Rows that found the queue full."""
 
     def write(self, model: str, cut: Cut, outcome: Outcome, shadow: Outcome | None) -> None:
         """One row."""
-        stream = stream_of(model)
-        if stream is None:
-            return
+        sink = self._sinks.get(model)
+        if sink is None:
+            stream = stream_of(model)
+            if stream is None:
+                return
+            sink = self._sinks[model] = self._sink_of(stream)
         number = self._written.get(model, 0)
         self._written[model] = number + 1
         answer = outcome.answer
@@ -89,5 +93,5 @@ class PredictionWriter:
             "shadow_score": None if shadow is None else shadow.answer.score,
             "shadow_label": None if shadow is None else shadow.answer.label,
         }
-        if not self._sink_of(stream).put(SCHEMA, Reading(values, cut.end_us), 0.0, _NEVER):
+        if not sink.put(SCHEMA, Reading(values, cut.end_us), 0.0, _NEVER):
             self.dropped += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -13,17 +13,18 @@ from prometheus_client import CollectorRegistry
 from contract.models import Manifest, ReportedModel
 from edge_agent.clock import DeviceClock
 from edge_agent.events import Event, Kind
-from edge_agent.models.endpoint import Endpoint
 from edge_agent.models.inference import Engine
 from edge_agent.models.metrics import ModelMetrics
 from edge_agent.models.precheck import Surroundings
 from edge_agent.models.predictions import PredictionWriter
-from edge_agent.models.served import ServedModels
 from edge_agent.models.service import ModelService
 from edge_agent.models.settings import ModelsSettings
 from edge_agent.models.store import ReleaseStore
 from edge_agent.models.tasks import Tasks
 from edge_agent.sampling.queue import Sink
+
+if TYPE_CHECKING:
+    from edge_agent.models.endpoint import Endpoint
 
 _log = structlog.get_logger()
 
@@ -90,8 +91,7 @@ class ModelRunner:
             changed=changed,
             rng=rng,
         )
-        listen = settings.endpoint.listen
-        self._endpoint = Endpoint(listen, ServedModels(self.engine)) if listen else None
+        self._endpoint = _endpoint(settings.endpoint.listen, self.engine)
 
     def reported(self) -> Mapping[str, ReportedModel]:
         """By model, for the fleet."""
@@ -121,6 +121,16 @@ class ModelRunner:
         total, free = _memory()
         others = [name for name, record in self._store.records().items() if record.active and name != manifest.model]
         return Surroundings(self._streams, self.engine.schemas.get(manifest.stream), total, free, len(others))
+
+
+def _endpoint(listen: str, engine: Engine) -> Endpoint | None:
+    """An HTTP server is imported only where there is one."""
+    if not listen:
+        return None
+    from edge_agent.models.endpoint import Endpoint
+    from edge_agent.models.served import ServedModels
+
+    return Endpoint(listen, ServedModels(engine))
 
 
 def _memory() -> tuple[int, int]:

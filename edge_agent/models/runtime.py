@@ -149,6 +149,8 @@ class Model:
         self._nan_count = self._outputs.index(OUTPUT_NAN_COUNT)
         self._features = _index(self._outputs, OUTPUT_FEATURES)
         self._classes = manifest.classes
+        shapes = {each.name: each.shape for each in session.get_outputs()}
+        self._per_class = len(shapes[OUTPUT_SCORE]) > 1
 
     def run(self, windows: Floats, options: onnxruntime.RunOptions | None = None) -> list[Any]:
         """All outputs, in the order of `outputs`.
@@ -195,7 +197,7 @@ class Model:
                 if not 0 <= code < len(self._classes):
                     raise ValueError(f"label {code} is none of {len(self._classes)} classes")
                 label = self._classes[code]
-                score = score[code] if np.ndim(score) else score
+                score = score[code] if self._per_class else score
             else:
                 label = ANOMALY_LABELS[bool(code)]
         features = None if self._features is None else outputs[self._features][number]

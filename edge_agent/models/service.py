@@ -22,6 +22,7 @@ from contract.models import FINAL_STATES, MODELS_MAX, Assignments, DeviceState, 
 from contract.names import is_name
 from edge_agent.events import Event as AgentEvent
 from edge_agent.events import Kind, Scalar
+from edge_agent.lean import give_back_memory
 from edge_agent.models import lifecycle
 from edge_agent.models.child import Opened
 from edge_agent.models.download import Cancel
@@ -135,6 +136,7 @@ class ModelService:
         self._active: dict[str, _InMemory] = {}
         self._candidate: dict[str, _InMemory] = {}
         self._broken_factory: set[str] = set()
+        self._loads = 0
         self._told: Mapping[str, ReportedModel] = {}
         self.progress_s = clock.monotonic_s()
         """Monotonic time of the last round of the thread."""
@@ -341,6 +343,9 @@ class ModelService:
                 break
         work, candidate = lifecycle.work(self._records[model]), self._candidate.get(model)
         active = self._active.get(model)
+        if self._loads:
+            self._loads = 0
+            give_back_memory()  # a session leaves some MB behind when it is made
         self._engine.configure(
             model,
             None if active is None else active.loaded,
@@ -384,6 +389,7 @@ class ModelService:
         data = self._store.read_factory(release)
         try:
             if data is not None:
+                self._loads += 1
                 self._active[model] = _InMemory(None, Loaded(data, release.manifest))
                 return
         except ModelError as error:
@@ -406,6 +412,7 @@ class ModelService:
         data, manifest = self._store.read(release.sha256), self._store.read(release.manifest)
         if data is None or manifest is None:
             raise ModelError(f"the files of version {release.version} are not in the store any more; order it again")
+        self._loads += 1
         return Loaded(data, decode_manifest(manifest))
 
     # Jobs.

@@ -23,6 +23,8 @@ from tests.integration.agent_bench import AgentProcess, FakeGateway, agents
 from tests.integration.models_bench import Faults, House, manifest_of, model, serving
 from tests.integration.servers import PATIENCE_S, BrokerServer, wait_until
 
+STATE_S = 90.0
+"""For a state to be reached: it takes up to two child processes, each of which imports for seconds where much runs."""
 CONFIG = """
 [streams.numbers]
 driver = "callable"
@@ -81,7 +83,7 @@ class Device:
             right = told is not None and told.order is not None and told.order.sequence == sequence
             return told if right and told.order.state is state else None
 
-        return wait_until(reached, PATIENCE_S, f"{state}; see {self.agent.log}")
+        return wait_until(reached, STATE_S, f"{state}; see {self.agent.log}")
 
     def commit(self, manifest: Manifest, **changes: Any) -> ReportedModel:
         return self.wait(DeviceState.COMMITTED, self.order(manifest, **changes).sequence, manifest.model)
@@ -104,10 +106,8 @@ def device_of(tmp_path: Path, mosquitto: BrokerServer) -> Iterator[Callable[...,
     (tmp_path / "models_sensor.py").write_text(SENSOR)
     with agents() as make, ExitStack() as stack:
 
-        def device(
-            name: str, *, factory: str = "", synced: str = "true", start: bool = True, extra: str = ""
-        ) -> Device:
-            house = House(tmp_path / name / "house")
+        def device(name: str, *, factory: str = "", ahead_days: int = 0) -> Device:
+            house = House(tmp_path / name / "house", ahead_days=ahead_days)
             url, faults = stack.enter_context(serving(house.folder))
             gateway = stack.enter_context(FakeGateway(mosquitto.url, name))
             config = CONFIG.replace("HERE", str(tmp_path)).replace("URL", url).replace("ROOT", str(house.anchor))
@@ -238,14 +238,14 @@ def test_orders_that_are_forged_replayed_late_or_for_another_device_change_nothi
     assert told.active == 2
     # Too late.
     late = device.order(first, not_after_us=time.time_ns() // 1000 - 1_000_000)
-    wait_until(lambda: refusals(device, "order_expired"), PATIENCE_S, "the late order's refusal")
+    wait_until(lambda: refusals(device, "order_expired"), STATE_S, "the late order's refusal")
     assert late.sequence < forged.sequence
     # Replayed, and for another device.
     device.publish({"gestures": house.sealed(old)})
-    wait_until(lambda: refusals(device, "replayed"), PATIENCE_S, "the replay's refusal")
+    wait_until(lambda: refusals(device, "replayed"), STATE_S, "the replay's refusal")
     other = house.order("somebody-else", first)
     device.publish({"gestures": house.sealed(other)})
-    wait_until(lambda: refusals(device, "wrong_device"), PATIENCE_S, "the refusal of another's order")
+    wait_until(lambda: refusals(device, "wrong_device"), STATE_S, "the refusal of another's order")
     device.answers(2)
     told = device.commit(first)
     assert told.active == 1
@@ -267,7 +267,7 @@ def test_a_download_goes_on_after_cuts_and_after_the_agents_death(device_of: Cal
     def ranges() -> list[str | None]:
         return [each for asked, each in device.faults.asked if asked == path]
 
-    wait_until(lambda: len(ranges()) >= 3, PATIENCE_S, "attempts")
+    wait_until(lambda: len(ranges()) >= 3, STATE_S, "attempts")
     device.agent.kill()
     device.agent.start()
     told = device.wait(DeviceState.COMMITTED, order.sequence)
@@ -345,3 +345,65 @@ def test_two_models_of_one_device_live_apart(device_of: Callable[..., Device]) -
     assert told.active == 1
     assert device.told().active == 1
     device.answers(1)
+
+
+def test_two_deaths_in_the_trial_deny_the_model_and_the_old_one_answers(device_of: Callable[..., Device]) -> None:
+    """SIGKILL stands for whatever a model may do to its process. Mutants tried: the count written after the loading."""
+    device = device_of("dies")
+    device.commit(device.house.release(model(), version=1))
+    second = device.house.release(model(threshold=1.0), version=2)
+    order = device.order(second, trial=Trial(shadow_windows=0, trial_windows=100_000, timeout_s=600.0))
+    for _ in range(2):
+        device.wait(DeviceState.TRIAL, order.sequence)
+        device.agent.wait_status(lambda answer: answer["models"]["gestures"]["active"] == 2, "the candidate in front")
+        device.agent.kill()
+        device.gateway.reports.clear()
+        device.agent.start()
+    told = device.wait(DeviceState.FAILED, order.sequence)
+    assert "ended 2 times" in told.order.reason
+    assert told.active == 1
+    device.answers(1)
+    again = device.wait(DeviceState.REJECTED, device.order(second).sequence)
+    assert "denies the model" in again.order.reason
+
+
+def test_an_active_model_that_is_damaged_on_disk_gives_way_to_the_one_before(device_of: Callable[..., Device]) -> None:
+    device = device_of("damaged")
+    device.commit(device.house.release(model(), version=1))
+    second = device.house.release(model(threshold=1.0), version=2)
+    order = device.order(second)
+    device.wait(DeviceState.COMMITTED, order.sequence)
+    assert device.agent.terminate() == 0
+    (device.agent.folder / "models" / "content" / second.artifact.sha256).write_bytes(b"bit rot")
+    device.gateway.reports.clear()
+    device.agent.start()
+    told = device.wait(DeviceState.ROLLED_BACK, order.sequence)
+    assert told.active == 1
+    assert "not in the store" in told.order.reason
+    wait_until(
+        lambda: [e for e in device.gateway.events("model_state") if e["detail"]["state"] == "damaged"],
+        PATIENCE_S,
+        "the event of the damage",
+    )
+
+
+def test_kills_at_any_time_end_in_a_commit_with_no_row_lost_or_doubled(device_of: Callable[..., Device]) -> None:
+    device = device_of("killed-often")
+    device.commit(device.house.release(model(), version=1))
+    second = device.house.release(model(threshold=1.0, size=50_000), version=2)
+    device.faults.pause_s = 0.05
+    order = device.order(second)
+    for delay_s in (0.3, 0.6, 0.9, 1.2, 1.5):
+        time.sleep(delay_s)
+        if device.told().order.sequence == order.sequence and device.told().order.state in (
+            DeviceState.SHADOW,
+            DeviceState.TRIAL,
+        ):
+            break  # two deaths from here on would deny it, as they should
+        device.agent.kill()
+        device.agent.start()
+    assert device.wait(DeviceState.COMMITTED, order.sequence).active == 2
+    device.answers(2)
+    rows = device.gateway.rows("predictions.gestures")
+    assert len({(row["ts"], row["release"]) for row in rows}) == len(rows)
+    assert device.gateway.gaps == []
