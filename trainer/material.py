@@ -117,11 +117,14 @@ def load_material(dataset: WindowSet, recipe: Recipe, folder: Path) -> Material:
         DataError: the files are damaged.
     """
     spec = feature_spec(recipe, dataset.meta)
+    detector = recipe.task == "anomaly"
     try:
         features = np.load(folder / FEATURES_FILE, allow_pickle=False)
+        faulty = np.load(folder / FAULTY_FILE, allow_pickle=False) if detector else None
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{folder / FEATURES_FILE} cannot be read ({error}); run: headwater train search RECIPE"
+            f"the features in {folder} cannot be read ({error}); run: headwater train search RECIPE"
         ) from error
-    labels = class_indices(dataset) if recipe.task == "classification" else None
-    return Material(spec, features, labels, dataset.classes if labels is not None else ())
+    if detector:
+        return Material(spec, features, None, (), faulty)
+    return Material(spec, features, class_indices(dataset), dataset.classes)

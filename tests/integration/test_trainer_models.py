@@ -65,11 +65,11 @@ def test_exercises_of_people_never_seen_are_told_apart(tmp_path: Path) -> None:
         ROWS,
         STRIDE,
         families={
-            "extra_trees": {"n_estimators": 100, "max_features": ["sqrt", 0.2]},
+            "extra_trees": {"n_estimators": 80, "max_features": ["sqrt", 0.2]},
             "logistic_regression": {"C": 0.03},
         },
         split=SplitRule(by="group", group="s..", folds=3),
-        search=Search(metric="f1_macro", trials=5),
+        search=Search(metric="f1_macro", trials=4),
         report=Report(html=True, learning_curve=True),
     )
     found = run(tmp_path, dataset, recipe)
