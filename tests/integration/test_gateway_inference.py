@@ -1,7 +1,8 @@
 """Prediction over HTTP by a real gateway: any approved release, in bounded time and memory, and nothing else.
 
 Mutants tried, each made a test fail: drafts answer too; the newest release whatever its state; no deadline for a run;
-no bound on requests; no eviction; the body read without a bound; a manifest's fields ignored.
+no bound on requests; no eviction; the body read without a bound; a length that is
+announced not looked at.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ The oracle cuts the windows of every lane by the rule (`trainer.windows`) out of
 means with numpy.
 
 Mutants tried, each made a test fail: reading on from the first row that is not done; no look at what runs over a span
-wrote; progress moved by a run over a span; a partly read batch counted as done; no counter of runs; the row within the batch ignored when cutting goes on.
+wrote; progress moved by a run over a span; a partly read batch counted as done; no counter of runs;
+the row within the batch ignored when cutting goes on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The Open Inference Protocol's JSON: any tensor there and back, any JSON answered or refused in words.
 
 Mutants tried, each made a test fail: flatten without comparing lengths; no count of commas; `null` read as 0; floats
-kept as float64; names of outputs not checked; infinities let through.
+kept as float64; infinities let through.
 """
 
 from __future__ import annotations
