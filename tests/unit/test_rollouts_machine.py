@@ -1,9 +1,9 @@
 """The rollout machine step by step: who is in a stage, when it advances, when it is aborted, who gets which order.
 
 Mutants tried, each found here: `<` for `<=` at the deadline; a percentage that is not cumulative; failures judged
-before enough have executed; a bake time that starts with the stage; a pause that counts; a silent device excused that
-had read its order; a canary of nobody that passes; orders handed out while paused; going back past a rollout that
-holds; a shadow beside the release that is taken back. The order of whole histories is in `tests/simulation`.
+before enough have executed; a bake time that starts with the stage; a pause that counts, as bake time or as waiting; a silent device excused that
+had read its order; a canary of nobody that passes; orders handed out while paused; going back to what was
+taken back before; a shadow beside the release that is taken back. The order of whole histories is in `tests/simulation`.
 """
 
 from __future__ import annotations
@@ -229,6 +229,18 @@ def test_time_spent_paused_counts_for_nothing():
     assert table.decide(well) == [EventKind.SUCCEEDED]
 
 
+def test_a_pause_does_not_bring_the_deadline_nearer():
+    table = one_stage()
+    table.now_us += 50 * S
+    table.act(Action.PAUSE)
+    table.now_us += 1_000 * S
+    table.act(Action.RESUME)
+    table.now_us += 10 * S - 1
+    assert table.decide([idle("pi-1")]) == []
+    table.now_us += 1
+    assert table.decide([idle("pi-1")]) == [EventKind.ABORTED, EventKind.ROLLED_BACK]
+
+
 def test_approval_is_asked_for_the_rollout_and_for_single_stages():
     table = Table()
     stages = (Stage(percent=50, bake_s=0), Stage(percent=100, bake_s=0, approval=True))
@@ -327,6 +339,19 @@ def test_going_back_names_the_release_that_was_given_or_none():
         table.act(Action.ABORT, "r3", rollback=True)
         [back] = Targets(table.book).of("pi-1", (), {}).orders
         assert (back.version, back.sha256) == (previous or 0, sha)
+
+
+def test_going_back_twice_does_not_end_at_a_release_that_was_taken_back():
+    table = Table()
+    given = {2: {}, 3: {"previous": 2, "previous_sha256": sha_of(2)}}
+    for version, previous in given.items():
+        name = table.create(spec(version, stages=(Stage(percent=100, bake_s=0),), **previous), f"r{version}")
+        table.decide(name=name)
+        table.decide([has("pi-1", table.rollout(name), DeviceState.COMMITTED)], name)
+    for name, version in (("r3", 2), ("r2", 0)):
+        table.act(Action.ROLLBACK, name)
+        [order] = Targets(table.book).of("pi-1", (), {}).orders
+        assert (order.version, order.sequence) == (version, table.rollout(name).rollback)
 
 
 def test_a_device_that_lost_its_tag_stays_in_the_rollout_whose_order_it_read():
