@@ -225,7 +225,8 @@ class Observer:
     ) -> Figures:
         changes: dict[str, object] = {}
         rows = recent.rows
-        if len(rows) >= self._bounds.windows_min:
+        # Neighbours are alike: the first minute of a device is no sample of what it does.
+        if len(rows) >= max(self._bounds.windows_min, self._bounds.windows_max // 2):
             mixture = _part(mixed(reference, figures.labels), slice(-1, None))
             scores = np.array([[row.score] for row in rows])
             distance = compare(mixture, scores)

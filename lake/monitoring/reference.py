@@ -53,6 +53,7 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True):
     quantiles: tuple[float, ...]
     nan_share: float = 0.0
     spread: float = 0.0
+    """Largest distance, as PSI, of one training group from the others."""
 
 
 class LabelReference(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,7 +138,8 @@ def make_reference(
             msgspec.structs.replace(feature, spread=value)
             for feature, value in zip(whole.features, spread[:-1], strict=True)
         ),
-        scores=msgspec.structs.replace(whole.scores, spread=spread[-1]),
+        # One figure of a device, not one of many: here the furthest group is the measure.
+        scores=msgspec.structs.replace(whole.scores, spread=float(distances[:, -1].max())),
     )
 
 
