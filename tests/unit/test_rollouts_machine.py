@@ -1,9 +1,9 @@
 """The rollout machine step by step: who is in a stage, when it advances, when it is aborted, who gets which order.
 
 Mutants tried, each found here: `<` for `<=` at the deadline; a percentage that is not cumulative; failures judged
-before enough have executed; a bake time that starts with the stage; a pause that counts, as bake time or as waiting; a silent device excused that
-had read its order; a canary of nobody that passes; orders handed out while paused; going back to what was
-taken back before; a shadow beside the release that is taken back. The order of whole histories is in `tests/simulation`.
+before enough have executed; a bake time that starts with the stage; a pause that counts, as bake time or as waiting; a
+silent device excused that had read its order; a canary of nobody that passes; orders handed out while paused; going
+back to what was taken back before; a shadow beside the release that is taken back. Whole histories: `tests/simulation`.
 """
 
 from __future__ import annotations
