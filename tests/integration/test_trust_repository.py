@@ -406,8 +406,9 @@ def test_keys_are_for_their_owner_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="wrong passphrase"):
         KeyFolder(folder.path, b"other").read("targets")
     # Gateways start unattended.
-    assert b"ENCRYPTED" not in folder.path.joinpath(folder.make("online") and "online.pem").read_bytes()
-    assert folder.read("online").public_key == KeyFolder(folder.path).read("online").public_key
+    online = folder.make("online")
+    assert b"ENCRYPTED" not in folder.file("online").read_bytes()
+    assert online.public_key == KeyFolder(folder.path).read("online").public_key
     file.chmod(0o644)
     with pytest.raises(ConfigurationError, match="chmod 600"):
         folder.read("targets")
