@@ -1,9 +1,4 @@
-"""From a lake to a checked dataset: pinned, in recorded order, resumable, whole or not at all.
-
-Mutants tried, each made a test here fail: rows ordered by ts instead of by epoch, seq and row; epochs ordered by name;
-the versions not handed to the queries; float64 rounded twice; null read as 0; the label table not pinned; windows over
-two labels kept; a device's rows beyond its bound let through.
-"""
+"""From a lake to a checked dataset: pinned, in recorded order, resumable, whole or not at all."""
 
 from __future__ import annotations
 

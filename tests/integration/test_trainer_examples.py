@@ -1,8 +1,4 @@
-"""The recipes in `examples/` give checked datasets of the data they are written for.
-
-Mutants tried, each made a test here fail: the group of a watch taken as its whole name; label intervals of the machine
-a day off.
-"""
+"""The recipes in `examples/` give checked datasets of the data they are written for."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Windows cut with numpy are those that reading row by row gives, whatever the times are.
 
-Mutants tried, each made a test here fail: `>` of the gap as `>=`; `ts` that goes back not a break; the stride taken
-from the first run over all; one window too few per run; majority of equals the first instead of the last.
+Mutants tried, each made a test here fail: `>` of the gap as `>=`; `ts` that goes back not a break; one window too few
+per run; majority of equals the first instead of the last.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Each data check finds what it is for, and says what to do.
-
-Mutants tried, each made a test here fail: every verdict of one check as `ok`, one check after the other; NaN labels
-taken for none; the leakage check over the training side alone; a report that is not kept when a check fails.
-"""
+"""Each data check finds what it is for, and says what to do."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A row's label is what held at its moment.
 
 Mutants tried, each made a test here fail: `side="right"` of the look-up as "left"; an interval that includes its end;
-of overlapping intervals the first instead of the last; NaN taken for a label; `otherwise` left out.
+of overlapping intervals the first instead of the last; NaN labels not counted.
 """
 
 from __future__ import annotations

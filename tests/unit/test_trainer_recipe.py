@@ -1,8 +1,4 @@
-"""A recipe that cannot be is refused before anything runs, naming key, value and remedy.
-
-Mutants tried, each made a test here fail: unknown keys allowed; the test share unbounded; a random split over
-overlapping windows let through; two label sources let through; families of another task let through.
-"""
+"""A recipe that cannot be is refused before anything runs, naming key, value and remedy."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""A step runs once for the same inputs, again when one changes, and leaves nothing half-published wherever it dies.
-
-Mutants tried, each made a test here fail: the record written before the folder is in place; the old record kept while
-the folder is replaced; seed, versions, recipe, source or the steps before left out of the key; files not compared with
-the record; a draft left behind after a failure.
-"""
+"""A step runs once for the same inputs, again when one changes, and leaves nothing half-published wherever it dies."""
 
 from __future__ import annotations
 
