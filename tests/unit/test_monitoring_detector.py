@@ -70,7 +70,9 @@ def test_one_feature_of_twenty_is_enough_and_is_named(rng):
 
 def test_a_change_that_is_over_is_seen_to_be_over(rng):
     watching = detector(rng)
-    feed(watching, *windows(rng, 60, 6.0))
+    for value, label in zip(*windows(rng, 200, 6.0), strict=True):
+        watching.add(value, str(label))
+    assert watching.change().value == 2 * LIMIT
     for value, label in zip(*windows(rng, int(2 * LIMIT / SLACK) + 20), strict=True):
         watching.add(value, str(label))
     assert not watching.change().changed and watching.change().value < LIMIT / 2
