@@ -26,7 +26,7 @@ from tests.unit.inference_parts import body, manifest
 
 INFER = "/v2/models/shaker/infer"
 WINDOWS = np.random.default_rng(5).normal(size=(9, 4, 2)).astype(np.float32)
-TIMEOUT_S = 1.0
+TIMEOUT_S = 3.0
 
 
 def content(windows=WINDOWS, **members) -> bytes:
@@ -57,7 +57,10 @@ def served(mosquitto, tmp_path_factory):
     release(store, manifest("hangs", classes=(), features=()), onnx_models.hanging())
     settings = {"inference": {"timeout_s": TIMEOUT_S, "requests_max": 4, "workers": 2, "models_max": 2}}
     with GatewayProcess(folder, mosquitto.url, {"url": store.url}, **settings) as gateway:
-        yield Served(gateway, store)
+        found = Served(gateway, store)
+        # The first model costs the import of onnxruntime, which is no part of what is asked here.
+        wait_until(lambda: found.ask("GET", "/v2/models/shaker/ready")[0] == 200, PATIENCE_S, "a model is loaded")
+        yield found
 
 
 def _with(found, **members):
@@ -141,7 +144,7 @@ def test_a_body_too_large_is_refused_before_its_end(served, header, sent):
 
 
 def test_a_model_that_hangs_is_ended_and_the_gateway_goes_on(served):
-    for _ in range(3):
+    for _ in range(2):
         began_s = time.monotonic()
         status, refusal = served.ask("POST", "/v2/models/hangs/infer", content(WINDOWS[:1]))
         assert (status, "within" in refusal["error"]) == (504, True), refusal
@@ -217,8 +220,8 @@ def test_a_replaced_artifact_is_refused(served):
     served.store.put(f"models/artifacts/{made.artifact.sha256}", onnx_models.classifier())
     windows = np.zeros((1, 5, 2), np.float32)
     found = wait_until(
-        lambda: (answer := served.ask("POST", "/v2/models/replaced/infer", content(windows)))[0] != 404 and answer,
+        lambda: (found := served.ask("POST", "/v2/models/replaced/infer", content(windows)))[0] == 500 and found,
         PATIENCE_S,
-        "the release is known",
+        "the release is known, and refused",
     )
-    assert (found[0], made.artifact.sha256 in found[1]["error"]) == (500, True)
+    assert made.artifact.sha256 in found[1]["error"]
