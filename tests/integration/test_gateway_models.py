@@ -1,8 +1,7 @@
 """The gateway serves releases as a static host would, with ranges, in bounded memory; and keeps signatures fresh.
 
-Mutants tried, each made a test here fail: paths not checked; a range's end taken as not included; `If-Range` not looked
-at; metadata cached for ever under one name; no bound on downloads; a broken download answered with a second response;
-the key that was rotated away still signing.
+Mutants tried, each made a test here fail: paths not checked; `If-Range` not looked at; the timestamp cached for ever;
+no bound on downloads.
 """
 
 from __future__ import annotations

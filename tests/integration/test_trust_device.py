@@ -1,10 +1,11 @@
 """A device follows what is signed and nothing else, served by a plain file server over the lake's folder.
 
 Mutants tried, each made a test here fail: the payload type not compared; any key of the root accepted for orders; the
-device's name not compared; `<=` of sequences as `<`; sequences of keys that were taken back still counted; no second
-look at the order after the refresh; `not_after` not compared; expired metadata rejected by a clock that is not
-synchronised; no lower bound for the clock; the manifest's name not compared with the target's; a page of a captive
-portal taken for a wrong signature; no deadline for a download as a whole.
+device's name not compared; a repeated order taken for a replay; sequences of keys that were taken back still counted;
+no second look at the order after the refresh; `not_after` not compared; expired metadata rejected by a clock that is
+not synchronised; no lower bound for the clock; the time handed in not used; the manifest's name not compared with the
+target's, or its hash with the order's; a page of a captive portal taken for a wrong signature; no deadline for a
+download as a whole.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
 Readers are python-tuf's client over HTTP against a plain file server.
 
 Mutants tried, each made a test here fail: the timestamp put instead of replaced; targets numbered from what is
-published instead of from the newest; an older file under a newer number believed; the timestamp written before the
-snapshot; a snapshot's number reused by `put`; the root changed before both online keys had signed; keys that were taken
-back believed beyond what is published; no anchor demanded of who approves.
+published instead of from the newest; an older file under a newer number believed; the root changed before both online
+keys had signed; keys that were taken back believed beyond what is published; no anchor demanded of who approves.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A release exists whole or not at all, has a number of its own, and is approved only when a device could believe it.
 
-Mutants tried, each made a test here fail: the row before the artifacts; the version taken without check-and-set; the
-APPROVED row before the signature; an artifact approved by its size alone; a second release for the same content; an
-approval left signed where the release was retired meanwhile; the APPROVED row before a gateway published.
+Mutants tried, each made a test here fail: artifacts not looked for before the row; the version taken without
+check-and-set; an artifact approved by its size alone; a second release for the same content; an approval left signed
+where the release was retired meanwhile.
 """
 
 from __future__ import annotations

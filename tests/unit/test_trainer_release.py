@@ -1,8 +1,4 @@
-"""What was exported and evaluated becomes one draft, and is approved only where recipe, figures and keys say so.
-
-Mutants tried, each made a test here fail: the target not compared; a policy that does not say so approving; the probe's
-tolerance left out; the newest version taken as parent though it was never approved.
-"""
+"""What was exported and evaluated becomes one draft, and is approved only where recipe, figures and keys say so."""
 
 from __future__ import annotations
 
