@@ -1,7 +1,4 @@
-"""Releases on real agents over a real broker and HTTP: each trouble ends in its state, and the old model answers.
-
-Mutants tried: see the single tests.
-"""
+"""Releases on real agents over a real broker and HTTP: each trouble ends in its state, and the old model answers."""
 
 from __future__ import annotations
 
@@ -223,7 +220,6 @@ def test_every_bad_release_ends_in_its_state_and_the_old_model_goes_on_answering
 def test_orders_that_are_forged_replayed_late_or_for_another_device_change_nothing(
     device_of: Callable[..., Device],
 ) -> None:
-    """Mutants tried: the sequence not remembered; a refused order's claimed sequence remembered."""
     device = device_of("bad-orders")
     house = device.house
     first, second = house.release(model(), version=1), house.release(model(threshold=1.0), version=2)
@@ -257,7 +253,6 @@ def refusals(device: Device, reason: str) -> list[dict[str, Any]]:
 
 
 def test_a_download_goes_on_after_cuts_and_after_the_agents_death(device_of: Callable[..., Device]) -> None:
-    """Mutants tried: the half file removed at each start; the range not asked for."""
     device = device_of("resumed")
     made = device.house.release(model(size=300_000), version=1)
     device.faults.cut_after, device.faults.pause_s = 60_000, 0.005
@@ -348,7 +343,7 @@ def test_two_models_of_one_device_live_apart(device_of: Callable[..., Device]) -
 
 
 def test_two_deaths_in_the_trial_deny_the_model_and_the_old_one_answers(device_of: Callable[..., Device]) -> None:
-    """SIGKILL stands for whatever a model may do to its process. Mutants tried: the count written after the loading."""
+    """SIGKILL stands for whatever a model may do to its process."""
     device = device_of("dies")
     device.commit(device.house.release(model(), version=1))
     second = device.house.release(model(threshold=1.0), version=2)

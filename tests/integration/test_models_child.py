@@ -1,7 +1,4 @@
-"""The probing child, for real: models of every character end in it, and the agent's side says why.
-
-Mutants tried: RLIMIT_AS left out; the deadline left to the child; features not compared; the NaN rule left out.
-"""
+"""The probing child, for real: models of every character end in it, and the agent's side says why."""
 
 from __future__ import annotations
 

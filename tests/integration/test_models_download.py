@@ -1,7 +1,4 @@
-"""A download goes on where it was cut, ends at once when told, and never keeps a byte that the hash does not cover.
-
-Mutants tried: the hash begun anew at a resume; a changed file appended to an old half; the size not bounded.
-"""
+"""A download goes on where it was cut, ends at once when told, and never keeps a byte that the hash does not cover."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The life of a release on a device, whatever comes and in whatever order.
 
-Mutants tried: an end that also clears `active`; `Loading` that is not durable; an old sequence followed; the outcome of a
-superseded order's job taken; disagreement as a share of all windows; a denied hash ordered again and followed.
+Mutant tried: disagreement as a share of all windows instead of the compared ones.
 """
 
 from __future__ import annotations
@@ -148,7 +147,9 @@ def test_the_whole_way_with_a_shadow_and_then_back() -> None:
 
 
 def test_without_a_model_to_compare_with_there_is_no_shadow() -> None:
-    record = replace(in_shadow(), order=replace(in_shadow().order, state=DeviceState.PROBED), active=None)
+    shadowed = in_shadow()
+    assert shadowed.order is not None
+    record = replace(shadowed, order=replace(shadowed.order, state=DeviceState.PROBED), active=None)
     assert walked(record, Loading(1, beside=False)).order.state is DeviceState.TRIAL
 
 

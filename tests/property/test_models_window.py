@@ -1,8 +1,4 @@
-"""Live windows equal those cut by the rule, whatever the pieces in which the readings come.
-
-Mutants tried: the run not ended where ts goes back; the gap compared with `>=`; the due count kept over a new run; the
-ring compacted to one row less; a null taken as 0.
-"""
+"""Live windows equal those cut by the rule, whatever the pieces in which the readings come."""
 
 from __future__ import annotations
 

@@ -54,7 +54,6 @@ def test_what_cannot_work_is_refused_with_its_remedy(tmp_path: Path, models: str
 
 @pytest.mark.parametrize("models", ["", '[models]\nfactory = "factory"\n'])
 def test_an_agent_without_models_loads_nothing_of_them(tmp_path: Path, models: str) -> None:
-    """Mutants tried: the runner imported at the head of app.py."""
     settings_of(tmp_path, '[streams.host]\ndriver = "host"\n' + models)
     code = (
         "import signal, sys, threading\n"

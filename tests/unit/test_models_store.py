@@ -1,9 +1,8 @@
 """What a device keeps of its releases survives a power cut between any two acts on the disk.
 
 `CutDisk` counts the acts (write, sync, rename, unlink …) and stops at one of them. What is then on the disk is tried
-in two ways: everything that was asked for arrived, or nothing that was not synced did. Mutants tried: the folder not
-synced after the rename of a record, or of content; the record written in place; the hash not checked at reading; what
-slots refer to not kept by eviction.
+in two ways: everything that was asked for arrived, or nothing that was not synced did. Mutants tried: the
+folder not synced after the rename of a record; the record written in place.
 """
 
 from __future__ import annotations
@@ -158,15 +157,15 @@ def test_a_power_cut_between_any_two_acts_leaves_a_legal_record_and_a_good_model
         shutil.copytree(first, folder)
         before = decode_record((folder / "records" / "m.json").read_bytes())
         disk, reached = CutDisk(at, lost=lost), [before]
-        kept = None
+        cut_store: ReleaseStore | None = None
         try:
-            kept, _ = opened(folder, disk)
-            live(kept, 2, reached)
+            cut_store, _ = opened(folder, disk)
+            live(cut_store, 2, reached)
             cut = False
         except PowerCut:
             cut = True
-        if kept is not None:
-            kept.close()
+        if cut_store is not None:
+            cut_store.close()
         again, troubles = opened(folder)
         record = again.records()["m"]
         # The record is the last that was promised, or the one that was being written.
@@ -205,6 +204,7 @@ def _follows(record: ModelRecord, promised: ModelRecord) -> bool:
 def test_the_count_of_starts_is_on_disk_before_the_model_is_loaded(tmp_path: Path) -> None:
     record = ModelRecord(model="m", active=release(1))
     order = lifecycle.step(record, Ordered(assignment(2), Seen(sequence=2, key="k"), {}), 1).record
+    assert order.order is not None
     candidate = replace(order, candidate=release(2), order=replace(order.order, state=DeviceState.PROBED))
     for starts in (1, 2):
         step = lifecycle.step(candidate, Loading(2, beside=True), 1)
