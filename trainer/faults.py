@@ -53,7 +53,7 @@ def inject(windows: Float32s, scale: npt.NDArray[np.float64], seed: int) -> Floa
             case "drift":
                 signal += (size[number] * ramp).astype(np.float32)
             case "spikes":
-                leaps = random.random(rows) < 0.1
+                leaps = random.random((rows,)) < 0.1
                 leaps[random.integers(rows)] = True
                 signal[leaps] += np.float32(size[number])
             case "noise":

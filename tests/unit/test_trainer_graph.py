@@ -1,8 +1,8 @@
 """The feature graph against plain numpy, and against itself: the same bits alone, in a batch and in another process.
 
-Mutants tried, each seen to fail here: features in float32 (`in_float32`); rows not padded (`_PACKET = 1`); DFT over the
-whole batch (both factors with two axes: no difference seen on this CPU, kept for others); population statistics over
-all rows instead of the finite ones; a band without its upper edge at the Nyquist frequency; Pearson's kurtosis.
+Mutants tried, each seen to fail here: features in float32 (`in_float32`) and rows that are not padded, both as tests;
+statistics over all rows instead of the finite ones; a band without its upper edge at the Nyquist frequency; Pearson's
+kurtosis.
 """
 
 from __future__ import annotations
