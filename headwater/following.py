@@ -7,6 +7,7 @@ changed bit shows as a row that is nowhere in the recording, a lost or doubled r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,16 +28,17 @@ class Followed(NamedTuple):
     """Rows that are not in the recording, to the bit."""
 
 
-def follow(recording: npt.NDArray[np.void], sent: npt.NDArray[np.void]) -> Followed:
-    """Cover `sent` with stretches of the looped recording, each as long as can be.
+def follow(recordings: Sequence[npt.NDArray[np.void]], sent: npt.NDArray[np.void]) -> Followed:
+    """Cover `sent` with stretches of the looped recordings, each as long as can be.
 
     Args:
-        recording: one item per row (see `rows_as_items`), `[n]`, n ≥ 1.
+        recordings: of what the device may have played; one item per row (see `rows_as_items`), `[n]`, n ≥ 1.
         sent: the same of the rows in the lake, in their order, `[m]`.
     """
-    places: dict[bytes, list[int]] = {}
-    for place, item in enumerate(recording.tolist()):
-        places.setdefault(item, []).append(place)
+    places: dict[bytes, list[tuple[int, int]]] = {}
+    for number, recording in enumerate(recordings):
+        for place, item in enumerate(recording.tolist()):
+            places.setdefault(item, []).append((number, place))
     at = stretches = strangers = 0
     while at < len(sent):
         candidates = places.get(sent[at].tobytes(), [])[:CANDIDATES_MAX]
@@ -47,7 +49,7 @@ def follow(recording: npt.NDArray[np.void], sent: npt.NDArray[np.void]) -> Follo
             # Beyond help, and quadratic from here: the rest is counted as not following.
             return Followed(len(sent), stretches, strangers + len(sent) - at)
         else:
-            at += max(_matching(recording, sent, at, place) for place in candidates)
+            at += max(_matching(recordings[number], sent, at, place) for number, place in candidates)
             stretches += 1
     return Followed(len(sent), stretches, strangers)
 

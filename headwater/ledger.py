@@ -93,9 +93,9 @@ class Ledger:
         """Begin to ask."""
         self._thread.start()
 
-    def look_closely(self) -> None:
-        """The devices are about to stop: ask as often as possible from now on."""
-        self._closely.set()
+    def look_closely(self, closely: bool = True) -> None:
+        """Devices are about to stop: ask as often as possible from now on; with False, now and then again."""
+        (self._closely.set if closely else self._closely.clear)()
 
     def stop(self) -> None:
         """Ask no more."""

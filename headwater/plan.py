@@ -42,6 +42,8 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     that is free."""
     seconds: float | None = None
     """How long to run, above 0; None: until told to stop."""
+    models: bool = True
+    """Whether devices may be given models: release keys are made, and the gateway signs orders."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything starts."""
@@ -244,9 +246,16 @@ def write_recordings(devices: Sequence[DevicePlan], folder: Path) -> None:
         raise ConfigurationError(f"recordings cannot be written to {folder}: {error}; choose another --data") from error
 
 
-def agent_config(device: DevicePlan, broker: str) -> dict[str, Any]:
-    """The agent.toml of a device; paths in it are relative to its folder."""
+def agent_config(device: DevicePlan, broker: str, models: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The agent.toml of a device; paths in it are relative to its folder.
+
+    Args:
+        device: its name and streams.
+        broker: URL.
+        models: the table `[models]`; None for a device without.
+    """
     return {
+        **({} if models is None else {"models": models}),
         "device": device.name,
         "report_interval_s": 10.0,
         "broker": {"url": broker},
@@ -258,15 +267,54 @@ def agent_config(device: DevicePlan, broker: str) -> dict[str, Any]:
     }
 
 
-def gateway_config(broker: str, lake: Mapping[str, Any], port: int) -> dict[str, Any]:
+SOCKET_BYTES_MAX = 107
+"""Longest path of a Unix socket, sun_path of unix(7)."""
+
+
+def agent_models(http: str, root: str, socket: Path) -> dict[str, Any]:
+    """The table `[models]` of every device of the stack.
+
+    Args:
+        http: of the gateway.
+        root: path of the trust anchor.
+        socket: of the inference endpoint; left out where the path is too long for one.
+    """
+    listen = f"unix:{socket}" if len(bytes(socket)) <= SOCKET_BYTES_MAX else ""
+    return {
+        "url": f"{http}/models/",
+        "root": root,
+        "retry_base_s": 0.5,
+        "retry_max_s": 10.0,
+        # A replay at many times its speed makes that many windows a second; one in three tells of its features.
+        "features_every": 3,
+        "endpoint": {"listen": listen},
+    }
+
+
+def gateway_models(online_key: str) -> dict[str, Any]:
+    """The tables of the stack's gateway about models: one machine has no reason to wait.
+
+    Args:
+        online_key: path of the key that signs orders.
+    """
+    return {
+        "models": {"online_key": online_key, "resign_interval_s": 1.0},
+        "rollouts": {"interval_s": 1.0, "settle_s": 2.0, "republish_s": 10.0},
+        "monitoring": {"interval_s": 3.0, "accuracy_interval_s": 15.0},
+    }
+
+
+def gateway_config(broker: str, lake: Mapping[str, Any], port: int, models: Mapping[str, Any] | None) -> dict[str, Any]:
     """The gateway.toml of the stack's gateway.
 
     Args:
         broker: URL.
         lake: the table `[lake]`.
         port: of its HTTP.
+        models: its tables about models; None where it has none to do with them.
     """
     return {
+        **({"monitoring": {"interval_s": 0.0}} if models is None else models),
         "drain_timeout_s": GATEWAY_DRAIN_S,
         "broker": {"url": broker},
         "lake": lake,

@@ -120,9 +120,39 @@ def result(found: DemoResult, data: Path) -> None:
         output.say()
         names = list(answer.rows[0]) if answer.rows else ["nothing"]
         output.say_table(names, [list(row.values()) for row in answer.rows], title=answer.question)
+    _models(found)
     output.say()
-    if found.ok:
+    if found.exactly_once:
         output.say(f"Every reading is in the lake exactly once. Ask it more: headwater lake streams --data {data}")
+
+
+def _models(found: DemoResult) -> None:
+    """What came of the models, where there were any."""
+    if found.models:
+        output.say()
+        columns = ("model", "version", "rollout", "devices", "windows with a label", "accuracy")
+        rows = [
+            (one.name, one.version, one.rollout, one.devices, one.windows, _share(one.accuracy)) for one in found.models
+        ]
+        output.say_table(
+            columns, rows, title="Models: trained on these readings, signed, rolled out, at work on the devices"
+        )
+    if found.drift is not None:
+        drift = found.drift
+        seen = "not noticed" if drift.detected_after_s is None else f"noticed after {drift.detected_after_s:g} s"
+        right = ", ".join(f"version {version} {_share(share)}" for version, share in drift.accuracy.items())
+        output.say_pairs(
+            {
+                "worn turned": f"{drift.device}: {seen}",
+                "alert": drift.alert or "none",
+                "learned again": "yes" if drift.retrained else "no",
+                "right since then": right or "unknown",
+            }
+        )
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1%}"
 
 
 def _ms(value: float | None) -> str:

@@ -35,10 +35,40 @@ class Answer(msgspec.Struct, frozen=True):
     rows: list[dict[str, Any]]
 
 
+class ModelResult(msgspec.Struct, frozen=True, kw_only=True):
+    """A release that was trained, signed and rolled out during the demo."""
+
+    name: str
+    version: int
+    rollout: str
+    """How its rollout ended."""
+    devices: int
+    """Devices whose predictions by it are in the lake."""
+    windows: int
+    """Of these predictions, those whose true label is known."""
+    accuracy: float | None
+    """Share of them that are right; None where nothing is known."""
+
+
+class DriftResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The device whose sensor was turned."""
+
+    device: str
+    detected_after_s: float | None
+    """From the turn to the alert; None where none came."""
+    retrained: bool
+    """Whether a release was learned from it and approved."""
+    alert: str
+    accuracy: dict[str, float | None]
+    """By version: on this device, from its turn on."""
+
+
 class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
     """The reconciliation of one run. The names are a contract."""
 
     ok: bool
+    """All that was to be shown was shown."""
+    exactly_once: bool
     """Nothing lost, doubled, changed, quarantined or still waiting."""
     rows_accepted: int
     """Readings that the devices' buffers accepted."""
@@ -71,3 +101,14 @@ class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
     restarts: dict[str, int]
     streams: list[StreamResult]
     answers: list[Answer]
+    models: list[ModelResult] = []
+    """Empty with --no-models."""
+    drift: DriftResult | None = None
+    models_trouble: str = ""
+    """Why the way of models did not come to its end; empty when it did, or was left out."""
+
+    @property
+    def complaints(self) -> list[str]:
+        """What did not go as it should."""
+        found = [] if self.exactly_once else ["not every reading is in the lake exactly once; see the reconciliation"]
+        return [*found, *([f"the models did not get there: {self.models_trouble}"] if self.models_trouble else [])]

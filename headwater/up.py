@@ -6,7 +6,8 @@ a start over the same folder goes on from there.
 
     DATA/lock ports.json stack.json   who is here, and where everything is
     DATA/store broker gateway         of the servers
-    DATA/devices/NAME                 agent.toml, buffer.db, agent.sock
+    DATA/keys                         release keys: of a fleet, root and targets keys belong on no server
+    DATA/devices/NAME                 agent.toml, buffer.db, agent.sock, models/
     DATA/recordings                   what the devices replay
     DATA/logs                         one log per process, three files of 4 MiB at most
 """
@@ -41,6 +42,7 @@ from headwater.stack.supervisor import ChildSpec, Supervisor
 from headwater.turn import turn
 from lake.credentials import require_credentials
 from lake.store import Store, StoreSettings
+from lake.trust.keys import KeyFolder
 
 _log = structlog.get_logger()
 
@@ -49,6 +51,7 @@ HTTP_PORT = 8080
 HTTP_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 120.0
 WATCH_INTERVAL_S = 1.0
+TRAINER_LOOKS_S = 2.0
 
 
 class ChildFailed(TemporaryError):
@@ -76,7 +79,8 @@ class Stack:
         say: Callable[[str], None],
     ) -> None:
         self.options = options
-        self._folder, self._supervisor, self._environment, self._say = folder, supervisor, environment, say
+        self.environment = environment
+        self._folder, self._supervisor, self._say = folder, supervisor, say
         self._book = PortBook(folder.ports)
         recordings = folder.path / "recordings"
         self.devices = plan.plan_devices(options, recordings)
@@ -85,8 +89,11 @@ class Stack:
         """Where the files of each device are."""
         self.notes: list[str] = []
         """What turned out otherwise than asked for."""
+        self.replaced: list[DevicePlan] = []
+        """What devices were replaced by, in this order."""
         self.store: StoreSettings
         self.record: StackRecord
+        self._keys: KeyFolder | None = None
 
     def start(self) -> StackRecord:
         """Start everything, sinks first; returns when all is ready, and the record says where.
@@ -98,16 +105,43 @@ class Stack:
         """
         with turn():
             self._start_servers()
-        self._supervisor.start([self._device(device, self.record.broker) for device in self.devices], START_TIMEOUT_S)
+        self._supervisor.start([self._device(device) for device in self.devices], START_TIMEOUT_S)
         return self.record
+
+    @property
+    def keys(self) -> Path | None:
+        """The folder of release keys; None where there are no models."""
+        return None if self._keys is None else self._keys.path
+
+    def replace_device(self, device: DevicePlan) -> None:
+        """Stop a device, and start it with other streams, over the same buffer.
+
+        Raises:
+            StartFailed: it did not become ready.
+        """
+        self.replaced.append(device)
+        self._supervisor.stop([device_child(device.name)])
+        self._supervisor.start([self._device(device)], START_TIMEOUT_S)
+
+    def start_trainer(self, recipe: Path) -> None:
+        """Start the process that learns again when a trigger says so.
+
+        Raises:
+            StartFailed: it did not become ready.
+        """
+        self._supervisor.start([self._trainer(recipe)], START_TIMEOUT_S)
 
     def _start_servers(self) -> None:
         """Choose the ports, write down where everything is, and start all but the devices."""
         specs: list[ChildSpec] = []
         lake, table = self._lake(specs)
+        self.store = lake
+        if self.options.models:
+            self._supervisor.start(specs, START_TIMEOUT_S)
+            specs = []
+            self._keys = self._release_keys(lake)
         broker, kind = self._broker(specs)
         port = self._http_port()
-        self.store = lake
         self.record = StackRecord(
             pid=os.getpid(),
             broker=broker,
@@ -185,14 +219,26 @@ class Stack:
                 "credentials_file": keys.name,
             }
             return store_settings(access), table
-        settings = StoreSettings.from_environment(self.options.lake, self._environment)
-        require_credentials(settings, self._environment)
+        settings = StoreSettings.from_environment(self.options.lake, self.environment)
+        require_credentials(settings, self.environment)
         # Ask now: a gateway that cannot write would only be seen as devices that keep their data.
         Store(settings).probe()
         table = {"url": settings.url}
         if settings.endpoint is not None:
             table |= {"endpoint": settings.endpoint, "region": settings.region, "allow_http": settings.allow_http}
         return settings, table
+
+    def _release_keys(self, lake: StoreSettings) -> KeyFolder | None:
+        """The keys of the lake's releases, made where there are none; None where they are another's."""
+        from headwater.key_folder import make_keys
+
+        folder = KeyFolder(self._folder.path / "keys", None)
+        try:
+            make_keys(folder, Store(lake))
+        except ConfigurationError as error:
+            self.notes.append(f"no models: {error}")
+            return None
+        return folder
 
     def _broker(self, specs: list[ChildSpec]) -> tuple[str, str]:
         wanted = self.options.broker
@@ -237,12 +283,13 @@ class Stack:
     def _gateway(self, broker: str, lake: Mapping[str, object], port: int) -> ChildSpec:
         folder = self._folder.part("gateway")
         config = folder / "gateway.toml"
-        text = toml.dumps(plan.gateway_config(broker, lake, port))
+        models = None if self._keys is None else plan.gateway_models(str(self._keys.path / "online.pem"))
+        text = toml.dumps(plan.gateway_config(broker, lake, port, models))
         return ChildSpec(
             name="gateway",
             argv=itself.command("headwater", "gateway", "run", "--config", str(config)),
             log=self._folder.log("gateway"),
-            env=itself.environment(self._environment),
+            env=itself.environment(self.environment),
             cwd=folder,
             tier=GATEWAY_TIER,
             prepare=partial(write_whole, config, text.encode(), 0o600),
@@ -255,10 +302,28 @@ class Stack:
             ),
         )
 
-    def _device(self, device: DevicePlan, broker: str) -> ChildSpec:
+    def _trainer(self, recipe: Path) -> ChildSpec:
+        argv = ("train", "watch", str(recipe), "--data", str(self._folder.path), "--keys", str(self.keys))
+        return ChildSpec(
+            name="trainer",
+            argv=itself.command("headwater", *argv, "--interval", f"{TRAINER_LOOKS_S:g}", "--json"),
+            log=self._folder.log("trainer"),
+            env=itself.environment(self.environment),
+            cwd=recipe.parent,
+            tier=DEVICE_TIER,
+            policy=Policy(alive_interval_s=None, stop_timeout_s=15.0, starts_failed_max=4),
+        )
+
+    def _device(self, device: DevicePlan) -> ChildSpec:
         folder = self._device_folder(device)
         config = folder / "agent.toml"
-        text = toml.dumps(plan.agent_config(device, broker))
+        keys, record = self._keys, self.record
+        models = (
+            None
+            if keys is None
+            else plan.agent_models(record.http, str(keys.path / "root.json"), folder / "models.sock")
+        )
+        text = toml.dumps(plan.agent_config(device, record.broker, models))
 
         def prepare() -> None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -268,7 +333,7 @@ class Stack:
             name=device_child(device.name),
             argv=itself.command("headwater", "agent", "run", "--config", str(config)),
             log=self._folder.log(device.name),
-            env=itself.environment(self._environment),
+            env=itself.environment(self.environment),
             cwd=self._folder.part("devices"),
             tier=DEVICE_TIER,
             prepare=prepare,

@@ -34,7 +34,9 @@ class Values(msgspec.Struct, frozen=True, kw_only=True):
     """Streams that are not compared, because nothing says what was sent, or types that have no fixed size."""
 
 
-def compare(sql: Sql, devices: Sequence[DevicePlan], stretches: Mapping[str, int], since: str) -> Values:
+def compare(
+    sql: Sql, devices: Sequence[DevicePlan], stretches: Mapping[str, int], since: str, later: Sequence[DevicePlan] = ()
+) -> Values:
     """Compare every stream of every device.
 
     Args:
@@ -42,6 +44,7 @@ def compare(sql: Sql, devices: Sequence[DevicePlan], stretches: Mapping[str, int
         devices: the devices and their streams.
         stretches: how often each device began anew since `since`.
         since: when the run began, as SQL understands it.
+        later: what some of the devices became during the run; they may have sent either.
     """
     compared = changed = breaks = 0
     skipped: dict[str, None] = {}
@@ -51,7 +54,8 @@ def compare(sql: Sql, devices: Sequence[DevicePlan], stretches: Mapping[str, int
                 rows, wrong = _recomputed(sql, device.name, stream, settings["options"]["arguments"], since)
                 compared, changed = compared + rows, changed + wrong
                 continue
-            found = _followed(sql, device.name, stream, settings, since)
+            other = [plan.streams[stream] for plan in later if plan.name == device.name]
+            found = _followed(sql, device.name, stream, [settings, *other], since)
             if found is None:
                 skipped[stream] = None
                 continue
@@ -61,11 +65,9 @@ def compare(sql: Sql, devices: Sequence[DevicePlan], stretches: Mapping[str, int
     return Values(rows_compared=compared, rows_changed=changed, breaks=breaks, streams_skipped=tuple(skipped))
 
 
-def _followed(sql: Sql, device: str, stream: str, settings: Mapping[str, Any], since: str) -> Followed | None:
-    options = settings["options"]
-    played = read_played(Path(options["path"]), options.get("time_column", "ts"))
-    if settings["sampling"]["mode"] == "on_change":
-        played = changes_of(played)
+def _followed(sql: Sql, device: str, stream: str, settings: Sequence[Mapping[str, Any]], since: str) -> Followed | None:
+    loops = [_played(one) for one in settings]
+    played = loops[0]
     if not all(comparable(field.type) for field in played.schema):
         return None
     names = ", ".join(quoted(name) for name in played.schema.names)
@@ -74,7 +76,13 @@ def _followed(sql: Sql, device: str, stream: str, settings: Mapping[str, Any], s
         "ORDER BY min(ts) OVER (PARTITION BY _epoch), _seq, _row"
     )
     texts = {name: played[name].combine_chunks().unique() for name in played.schema.names if is_text(played[name].type)}
-    return follow(items_of(played, texts), items_of(lake.select(played.schema.names), texts))
+    return follow([items_of(loop, texts) for loop in loops], items_of(lake.select(played.schema.names), texts))
+
+
+def _played(settings: Mapping[str, Any]) -> pa.Table:
+    options = settings["options"]
+    played = read_played(Path(options["path"]), options.get("time_column", "ts"))
+    return changes_of(played) if settings["sampling"]["mode"] == "on_change" else played
 
 
 def read_played(path: Path, time_column: str) -> pa.Table:

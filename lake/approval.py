@@ -13,7 +13,7 @@ import time
 from typing import NamedTuple
 
 import msgspec
-from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
+from securesystemslib.signer import CryptoSigner
 
 from contract.errors import ConfigurationError, TemporaryError
 from contract.models import Manifest, check_manifest, target_path

@@ -167,7 +167,8 @@ def _drawn(
     names: npt.NDArray[np.str_], counts: Int64s, wanted: float, limit: float, draw: np.random.Generator
 ) -> tuple[str, ...]:
     """Groups in a drawn order, as long as they bring the number of windows nearer to what is wanted."""
-    chosen, held = [], 0
+    chosen: list[str] = []
+    held = 0
     for number in draw.permutation(len(names)):
         if len(chosen) >= len(names) - 2:
             break  # two at least must train, or the folds could not go by group

@@ -25,7 +25,7 @@ from tuf.api.exceptions import (
 )
 
 # The package hands these names on without declaring it.
-from tuf.api.metadata import Metadata, Root, TargetFile, Timestamp  # type: ignore[attr-defined]
+from tuf.api.metadata import Metadata, Root, TargetFile, Timestamp
 from tuf.api.serialization import DeserializationError
 from tuf.ngclient.config import UpdaterConfig
 from tuf.ngclient.updater import Updater

@@ -23,8 +23,8 @@ from typing import Annotated, Any
 import msgspec
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
-from securesystemslib.signer import Key, Signature  # type: ignore[attr-defined]
-from tuf.api.metadata import Root, TargetFile, Timestamp  # type: ignore[attr-defined]
+from securesystemslib.signer import Key, Signature
+from tuf.api.metadata import Root, TargetFile, Timestamp
 
 from contract.errors import ConfigurationError
 from contract.limits import PROTOCOL_VERSION

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
-from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
+from securesystemslib.signer import CryptoSigner
 
 from contract.errors import ConfigurationError
 from contract.messages import encode

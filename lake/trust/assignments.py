@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 from securesystemslib.dsse import Envelope
-from securesystemslib.signer import Signer  # type: ignore[attr-defined]
+from securesystemslib.signer import Signer
 
 from contract.models import ASSIGNMENT_TYPE, Assignment
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tuf.api.metadata import Root, Snapshot, TargetFile, Targets, Timestamp  # type: ignore[attr-defined]
+from tuf.api.metadata import Root, Snapshot, TargetFile, Targets, Timestamp
 
 from contract.errors import ConfigurationError
 from lake.errors import CorruptLakeError, ObjectMissingError

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
-from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
-from tuf.api.metadata import (  # type: ignore[attr-defined]
+from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import (
     Root,
     Snapshot,
     TargetFile,

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
-from tuf.api.metadata import Root, Snapshot, Targets, Timestamp  # type: ignore[attr-defined]
+from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import Root, Snapshot, Targets, Timestamp
 
 from contract.errors import TemporaryError
 from lake.trust.repository import TrustRepository

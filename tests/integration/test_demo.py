@@ -113,9 +113,9 @@ def result_of(**changes: int) -> DemoResult:
     balance = Balance(streams=(StreamBalance(device="d", stream="s", exact=True, gaps=0, batches=1, **books),))
     values = Values(rows_compared=10, rows_changed=changes.get("rows_changed", 0), breaks=changes.get("breaks", 0))
     totals = Totals({}, {}, 0, {}, 0, 0, 0, {})
-    run = demo._Run({}, {}, totals, 0, 1.0)
+    run = demo._Run({}, {}, totals, 0, 1.0, None)
     stack: Any = type("Stack", (), {"restarts": {}})
-    return demo._result(stack, run, balance, values, [], changes.get("gaps", 0), changes.get("quarantined", 0))
+    return demo._result(stack, run, balance, values, [], changes.get("gaps", 0), changes.get("quarantined", 0), None)
 
 
 @pytest.mark.parametrize(

@@ -78,13 +78,13 @@ def test_gaps_are_what_a_count_by_hand_finds(
     connection.register(
         "aside", pa.Table.from_pylist([dict(zip(ASIDE.names, row, strict=True)) for row in records], ASIDE)
     )
-    query = gaps_query({stream: f"raw_{stream}" for stream in STREAMS}, "aside")
+    query = gaps_query({stream: f"raw_{stream}" for stream in STREAMS}, "aside", None)
     found = connection.execute(query).fetchall()
     assert len(found) == len(set(found))
     assert set(found) == by_hand(batches, aside)
 
 
 def test_a_lake_without_streams_has_no_gaps(connection: duckdb.DuckDBPyConnection) -> None:
-    empty = connection.execute(gaps_query({}, None)).to_arrow_table()
+    empty = connection.execute(gaps_query({}, None, None)).to_arrow_table()
     assert empty.num_rows == 0
     assert empty.column_names == SCHEMA.names

@@ -24,7 +24,7 @@ from headwater.turn import TurnNotCome, turn
 
 
 def agent_settings(device: plan.DevicePlan, folder: Path) -> AgentSettings:
-    text = toml.dumps(plan.agent_config(device, "mqtt://127.0.0.1:1883"))
+    text = toml.dumps(plan.agent_config(device, "mqtt://127.0.0.1:1883", None))
     return parse_agent(tomllib.loads(text), source="agent.toml", folder=folder)
 
 
@@ -78,7 +78,7 @@ def test_a_gateway_accepts_its_planned_configuration(tmp_path: Path) -> None:
         "allow_http": True,
         "credentials_file": "credentials.toml",
     }
-    text = toml.dumps(plan.gateway_config("mqtt://127.0.0.1:1883", lake, 8080))
+    text = toml.dumps(plan.gateway_config("mqtt://127.0.0.1:1883", lake, 8080, None))
     settings = parse_gateway(tomllib.loads(text), source="gateway.toml", folder=tmp_path)
     assert settings.http.port == 8080
     assert settings.lake.credentials_file == str(tmp_path / "credentials.toml")
