@@ -6,12 +6,23 @@ import argparse
 import sys
 from pathlib import Path
 
-from contract.errors import HeadwaterError
-from headwater.exits import exit_of
+_INTERRUPTED = 130
+"""`headwater.exits.Exit.INTERRUPTED`, which may not be imported yet when it is needed."""
 
 
 def main() -> None:
     """Read the settings, run the agent to its end, and end the process with its exit status."""
+    try:
+        _run()
+    except KeyboardInterrupt:
+        # Before the agent runs, which hears signals itself.
+        sys.exit(_INTERRUPTED)
+
+
+def _run() -> None:
+    from contract.errors import HeadwaterError
+    from headwater.exits import exit_of
+
     parser = argparse.ArgumentParser(prog="headwater agent run")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--json-logs", action="store_true")

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from headwater.cli import build
+from headwater.commands.tree import build
 
 INTRODUCTION = """\
 # Command line

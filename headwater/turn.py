@@ -37,13 +37,23 @@ def turn(path: Path | None = None, timeout_s: float = TIMEOUT_S) -> Iterator[Non
     Raises:
         TurnNotCome: others held it all the time.
     """
-    path = path or Path(tempfile.gettempdir()) / f"headwater-{os.getuid()}.lock"
+    path = path or lock_path()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         _acquire(handle, path, timeout_s)
         yield
     finally:
         os.close(handle)
+
+
+def lock_path(runtime_folders: Path = Path("/run/user")) -> Path:
+    """The lock of this user: in the user's runtime folder, else in that of temporary files.
+
+    Not by XDG_RUNTIME_DIR: two stacks of one user, of which a service manager started one, must find the same file. It
+    is never removed: who holds a file that is gone holds nobody up.
+    """
+    name, folder = f"headwater-{os.getuid()}.lock", runtime_folders / str(os.getuid())
+    return (folder if os.access(folder, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())) / name
 
 
 def _acquire(handle: int, path: Path, timeout_s: float) -> None:

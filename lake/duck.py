@@ -7,6 +7,8 @@ lake would still be allowed, which is why `lake.query` runs nothing but SELECT.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, files
 from urllib.parse import urlsplit
 
@@ -39,7 +41,8 @@ def connect(store: Store, settings: QuerySettings) -> duckdb.DuckDBPyConnection:
     for name in ("httpfs", "delta"):
         path = extension_path(name)
         try:
-            connection.execute(f"LOAD {literal(path)}")
+            with interruptible():
+                connection.execute(f"LOAD {literal(path)}")
         except duckdb.Error as error:
             raise ConfigurationError(
                 f"DuckDB {duckdb.__version__} cannot load its extension {name} ({error}); install duckdb, "
@@ -64,6 +67,17 @@ def connect(store: Store, settings: QuerySettings) -> duckdb.DuckDBPyConnection:
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     return connection
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Around calls of DuckDB: Ctrl-C stays a KeyboardInterrupt, which DuckDB turns into a RuntimeError of its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        if str(error) != "Query interrupted":
+            raise
+        raise KeyboardInterrupt from error
 
 
 def extension_path(name: str) -> str:

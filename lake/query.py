@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from contract.names import EVENTS_STREAM
 from lake import columns
 from lake.catalog import At, Catalog, TableState, table_of
-from lake.duck import QuerySettings, connect, identifier
+from lake.duck import QuerySettings, connect, identifier, interruptible
 from lake.errors import QueryError, StoreUnavailableError, UnknownStreamError
 from lake.gaps import NAME as GAPS
 from lake.gaps import gaps_query, tells_closings
@@ -70,10 +70,19 @@ class Lake:
         self._store = store
         self._catalog = Catalog(store)
         self._connection = connect(store, settings or QuerySettings())
+        self._cursors: set[duckdb.DuckDBPyConnection] = set()
 
     def close(self) -> None:
         """Free the memory. Readers that are still open fail."""
         self._connection.close()
+
+    def interrupt(self) -> None:
+        """End the questions that are being answered by other threads now: they raise QueryError.
+
+        One that DuckDB has not begun with is missed: repeat it until the thread is back.
+        """
+        for cursor in tuple(self._cursors):
+            cursor.interrupt()
 
     def sql(self, query: str, at: At | Pins = None) -> pa.Table:
         """Answer a question.
@@ -115,8 +124,10 @@ class Lake:
             UnknownStreamError: it names a table that is not there.
             StoreUnavailableError: the store did not answer.
         """
-        with self._connection.cursor() as cursor:
-            paths = self._paths(read_question(cursor, query))
+        with self._cursor() as cursor:
+            with self._translated():
+                question = read_question(cursor, query)
+            paths = self._paths(question)
         if GAPS in paths:
             raise QueryError("a question about gaps reads all tables, and has no versions; leave gaps out")
         states = {path: self._catalog.state(path) for path in paths.values()}
@@ -124,6 +135,8 @@ class Lake:
 
     def head(self, stream: str, rows: int = 10, at: At = None) -> pa.Table:
         """The latest rows of a stream, latest first.
+
+        Also of `gaps`, `quarantine` and the control tables, by their first column that is a time, where they have one.
 
         Raises:
             UnknownStreamError: there is no such stream.
@@ -133,12 +146,20 @@ class Lake:
         if not 1 <= rows <= HEAD_ROWS_MAX:
             raise QueryError(f"cannot show {rows} rows; ask for 1 to {HEAD_ROWS_MAX}, for more with SQL")
         if stream not in self._catalog.streams():
-            raise self._unknown(stream)
+            return self._head_of_view(stream, rows, at)
         path = table_path(stream)
         since = "" if at is not None else self._since(path, rows)
         return self.sql(
             f"SELECT * FROM {identifier(path)}{since} ORDER BY ts DESC, _seq DESC, _row DESC LIMIT {rows}", at
         )
+
+    def _head_of_view(self, name: str, rows: int, at: At) -> pa.Table:
+        if name != GAPS and name not in self._catalog.paths():
+            raise self._unknown(name)
+        view = f"FROM {identifier(name)}"
+        times = [field.name for field in self.sql(f"{view} LIMIT 0", at).schema if pa.types.is_timestamp(field.type)]
+        order = f"{identifier(times[0])} DESC" if times else "ALL"
+        return self.sql(f"{view} ORDER BY {order} LIMIT {rows}", at)
 
     def streams(self) -> pa.Table:
         """One row per stream: rows, devices, first and last `ts` (to the millisecond), files, bytes, version.
@@ -152,6 +173,19 @@ class Lake:
             if state is not None:
                 found.append(self._describe(name, state))
         return pa.Table.from_pylist(found, schema=STREAMS_SCHEMA)
+
+    def why_empty(self) -> str:
+        """Why `streams` lists nothing, and what to do; for people.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        if any(self._store.folders(folder) for folder in ("raw", "control", "inbox")):
+            return f"no reading was committed to {self._store.url} yet; see whether devices and gateway run"
+        return (
+            f"{self._store.url} holds no Headwater lake (no folder raw, control or inbox): no gateway has written "
+            "there; name the lake of your gateway with --lake"
+        )
 
     def _describe(self, name: str, state: TableState) -> dict[str, Any]:
         files = self._catalog.files(state)
@@ -168,7 +202,7 @@ class Lake:
         if devices is not None and low is not None and high is not None and not low.null_count:
             return {"devices": devices, "first_ts": pc.min(low).as_py(), "last_ts": pc.max(high).as_py()}
         question = f"SELECT count(DISTINCT {columns.DEVICE}), min(ts), max(ts) FROM {scan(state.uri, state.version)}"
-        with self._connection.cursor() as cursor, self._translated():
+        with self._cursor() as cursor, self._translated():
             answer = cursor.execute(question).to_arrow_table()
         return dict(zip(("devices", "first_ts", "last_ts"), (column[0] for column in answer.columns), strict=True))
 
@@ -193,12 +227,24 @@ class Lake:
         return ""
 
     @contextmanager
+    def _cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection of its own for one question, which `interrupt` knows."""
+        with interruptible(), self._connection.cursor() as cursor:
+            self._cursors.add(cursor)
+            try:
+                yield cursor
+            finally:
+                self._cursors.discard(cursor)
+
+    @contextmanager
     def _answering(self, query: str, at: At | Pins) -> Iterator[duckdb.DuckDBPyConnection]:
         """A cursor that has a view for every table the query names, all of one moment."""
         if isinstance(at, datetime) and at.tzinfo is None:
             at = at.replace(tzinfo=UTC)
-        with self._connection.cursor() as cursor:
-            for name, text in self._views(read_question(cursor, query), at).items():
+        with self._cursor() as cursor:
+            with self._translated():
+                question = read_question(cursor, query)
+            for name, text in self._views(question, at).items():
                 with self._translated():
                     cursor.execute(f"CREATE TEMP VIEW {identifier(name)} AS {text}")
             yield cursor

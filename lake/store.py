@@ -34,6 +34,7 @@ _RETRIES_MAX = 3
 _S3_PREFIX = re.compile(r"[A-Za-z0-9._/-]*", re.ASCII)
 _NO_ROLE = re.compile(r"169\.254\.169\.254|/latest/(?:api/token|meta-data)|\bIMDS\b|loading credentials")
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
+_PROBES = "control/probe"
 _BACKOFF_FIRST_S = 0.1
 _BACKOFF_LONGEST_S = 2.0
 
@@ -315,13 +316,19 @@ class Store:
             except FileNotFoundError:
                 pass  # S3 does not tell either
 
+    def remove_empty(self, folder: str) -> None:
+        """Remove a folder of a file:// lake that holds nothing (any more); elsewhere there are no folders."""
+        if self._folder is not None:
+            with contextlib.suppress(OSError):  # something is in it, or it is not there: both are well
+                (self._folder / folder).rmdir()
+
     def probe(self) -> None:
         """Write, read and remove a small object: the store answers and the credentials suffice.
 
         Raises:
             StoreUnavailableError: they do not; the message says what failed.
         """
-        path = f"control/probe/{secrets.token_hex(8)}"
+        path = f"{_PROBES}/{secrets.token_hex(8)}"
         self.put(path, b"headwater")
         try:
             if self.get(path) != b"headwater":
@@ -329,6 +336,7 @@ class Store:
         except ObjectMissingError as error:
             raise StoreUnavailableError(f"lake {self.url} does not read what was just written at {path}") from error
         self.delete(path)
+        self.remove_empty(_PROBES)
 
     def sync(self, path: str) -> None:
         """Wait until the disk has an object that somebody else wrote (deltalake does not). Nothing to do on S3.

@@ -37,6 +37,7 @@ def check_store(settings: StoreSettings, remedy: str = REMEDY) -> list[Finding]:
         findings += guarded("store.list", "allow listing the bucket", lambda: _list(store, path))
         findings += guarded("store.conditional_put", _CONDITIONAL, lambda: _conditional(store, f"{path}-once"))
         findings += guarded("store.delete", "allow deleting objects", lambda: _delete(store, path))
+        store.remove_empty(FOLDER)
     findings += guarded("store.clock", "set the clock of this machine or of the store", lambda: _skew(settings))
     return findings
 

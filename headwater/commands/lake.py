@@ -5,24 +5,23 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from contract.errors import ConfigurationError
-from headwater import extras, logs
+from headwater import extras, logs, output
+from headwater.aside import Aside
 from headwater.commands.options import Data, Json, Lake
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from lake.query import Lake as OpenLake
-
-    Write = Callable[[Iterable[pa.RecordBatch]], None]
 
 app = typer.Typer(name="lake", help="SQL over the lake, its streams, its latest rows.", no_args_is_help=True)
 
@@ -64,17 +63,18 @@ def sql(
     stopped, its object store is started for the query.
     """
     moment = parse_at(at)
-    with _opened(lake, data, form, json) as (opened, write), _naming_at(at):
-        write(opened.read(query, at=moment))
+    with _opened(lake, data, form, json) as asked, _naming_at(at):
+        asked.write(asked.lake.read(query, at=moment))
 
 
 @app.command()
 def streams(lake: Lake = None, data: Data = None, form: Form = None, json: Json = False) -> None:
     """The streams of the lake: rows, devices, first and last reading, version, size."""
-    with _opened(lake, data, form, json) as (opened, write):
-        from headwater.rows import pieces
-
-        write(pieces(opened.streams()))
+    with _opened(lake, data, form, json) as asked:
+        found = asked.aside.run(asked.lake.streams)
+        asked.write_table(found)
+        if not found.num_rows:
+            output.complain(f"note: {asked.aside.run(asked.lake.why_empty)}")
 
 
 @app.command()
@@ -87,12 +87,10 @@ def head(
     at: At = None,
     json: Json = False,
 ) -> None:
-    """The latest rows of a stream."""
+    """The latest rows of a stream, or of gaps, quarantine or a control table such as devices."""
     moment = parse_at(at)
-    with _opened(lake, data, form, json) as (opened, write), _naming_at(at):
-        from headwater.rows import pieces
-
-        write(pieces(opened.head(stream, rows, at=moment)))
+    with _opened(lake, data, form, json) as asked, _naming_at(at):
+        asked.write_table(asked.aside.run(lambda: asked.lake.head(stream, rows, at=moment)))
 
 
 def parse_at(text: str | None) -> int | datetime | None:
@@ -125,16 +123,33 @@ def _naming_at(at: str | None) -> Iterator[None]:
         raise NoSuchVersionError(f"--at {at}: {error}") from error
 
 
+class _Asked(NamedTuple):
+    """The lake that is meant, where to ask it, and how to write what it answers."""
+
+    lake: OpenLake
+    aside: Aside
+    form: str
+
+    def write(self, batches: Iterator[pa.RecordBatch]) -> None:
+        from headwater.rows import write_rows
+
+        write_rows(self.aside.each(batches), self.form)
+
+    def write_table(self, table: pa.Table) -> None:
+        from headwater.rows import pieces, write_rows
+
+        write_rows(pieces(table), self.form)
+
+
 @contextmanager
-def _opened(lake: str | None, data: str | None, form: Format | None, json: bool) -> Iterator[tuple[OpenLake, Write]]:
-    """The lake that is meant, open, and how to write what it answers."""
+def _opened(lake: str | None, data: str | None, form: Format | None, json: bool) -> Iterator[_Asked]:
+    """Open the lake that is meant."""
     if json and form is not None:
         raise ConfigurationError(f"--json is one JSON object per line, --format {form} is not; give one of the two")
     # Quiet: an object store that is started for one query has its own warnings, which are nobody's here.
     logs.configure(quiet=True)
     with extras.imports("gateway", "headwater lake"):
         from headwater.lake_access import find_store, opened_store
-        from headwater.rows import write_rows
         from lake.credentials import require_credentials
         from lake.query import Lake
 
@@ -142,9 +157,10 @@ def _opened(lake: str | None, data: str | None, form: Format | None, json: bool)
         raise ConfigurationError(f"--format {form} is bytes, and stdout is a terminal; send it to a file with > FILE")
     found = find_store(lake, data, os.environ)
     require_credentials(found.settings, os.environ)
-    with opened_store(found) as store:
-        opened = Lake(store)
+    with opened_store(found) as store, Aside() as aside:
+        opened = aside.run(lambda: Lake(store))
+        aside.interrupt = opened.interrupt
         try:
-            yield opened, lambda batches: write_rows(batches, "jsonl" if json else form or Format.TABLE)
+            yield _Asked(opened, aside, "jsonl" if json else form or Format.TABLE)
         finally:
             opened.close()

@@ -400,3 +400,4 @@ class StoreSuite:
     def test_a_probe_leaves_nothing_behind(self, store: Store) -> None:
         store.probe()
         assert list(store.objects("")) == []
+        assert store.folders("control") == []

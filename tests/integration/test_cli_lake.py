@@ -137,3 +137,22 @@ def test_s3_without_keys_is_one_clear_sentence_at_once(command, monkeypatch, tmp
     assert ran.stderr.startswith("error: lake s3://nobucket/x: no credentials are set; set AWS_ACCESS_KEY_ID")
     assert "169.254" not in ran.stderr
     assert ran.stderr.count("\n") == 1
+
+
+def test_head_shows_what_sql_knows_beside_streams(lake: str) -> None:
+    for name in ("gaps", "quarantine", "raw/pump"):
+        head = headwater("lake", "head", name, "--lake", lake, "--json")
+        if name == "raw/pump":
+            assert (head.returncode, "there is no stream or table 'raw/pump'" in head.stderr) == (2, True)
+        else:
+            assert (head.returncode, head.stdout, head.stderr) == (0, "", "")
+
+
+def test_a_folder_that_is_no_lake_is_told_from_an_empty_lake(tmp_path) -> None:
+    (tmp_path / "Documents").mkdir()
+    none = headwater("lake", "streams", "--lake", f"file://{tmp_path}", "--json")
+    assert (none.returncode, none.stdout) == (0, "")
+    assert none.stderr.startswith(f"note: file://{tmp_path} holds no Headwater lake")
+    (tmp_path / "control" / "devices").mkdir(parents=True)
+    empty = headwater("lake", "streams", "--lake", f"file://{tmp_path}", "--json")
+    assert "no reading was committed" in empty.stderr
