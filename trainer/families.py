@@ -315,7 +315,7 @@ def fit(family: Family, estimator: Any, features: Float32s, labels: Int64s | Non
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.utils.class_weight import compute_sample_weight
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     if family.rows_max is not None and len(features) > family.rows_max:
         chosen = np.linspace(0, len(features) - 1, family.rows_max).astype(np.int64)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-import joblib  # type: ignore[import-untyped]
+import joblib
 import msgspec
 import numpy as np
 import numpy.typing as npt
