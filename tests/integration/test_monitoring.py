@@ -1,9 +1,4 @@
-"""Releases at work, watched: predictions committed through `lake.raw` into a lake on disk, and the gateway over them.
-
-Mutants tried, each made a test here fail: alerts recorded without looking which are open; triggers requested without
-check-and-set; no pause after a training; baselines made anew at each start; devices of other gateways measured too;
-alerts of a release that the device no longer runs left open; hysteresis of one look.
-"""
+"""Releases at work, watched: predictions committed through `lake.raw` into a lake on disk, the gateway over them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""From a trigger to a release, by the real pipeline over a small lake on disk.
-
-Mutants tried, each made a test here fail: a candidate that is worse released all the same; compared with the newest
-draft instead of the release at work; the trigger left open after a failure; released though the claim was lost.
-"""
+"""From a trigger to a release, by the real pipeline over a small lake on disk."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """PSI and KS against plain references and SciPy; intervals of labels against looking them up one by one.
 
-Mutants tried, each made a test here fail: deciles of the sample instead of the reference; empty bins left out; bins
-closed below instead of above; KS over one side of each step only; label shares not used in `mixed`; the first of two
-overlapping intervals wins; neighbours with one label not joined.
+Mutants tried, each made a test here fail: empty bins left out; bins closed below instead of above; KS over one side of
+each step only; label shares not used in `mixed`; the first of two overlapping intervals wins; neighbours with one
+label not joined.
 """
 
 from __future__ import annotations

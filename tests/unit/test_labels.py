@@ -1,7 +1,7 @@
 """Labels out of files: every format, faults named by line, nothing added twice.
 
 Mutants tried, each made a test here fail: rows taken from a file with faults; the header counted as no line; the end
-not compared with the start; known rows added again; a naive time taken as local.
+not compared with the start; known rows added again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Predictions joined with labels: which windows count, and the figures against scikit-learn.
 
-Mutants tried, each made a test here fail: a window judged by the label at its end alone; the last change taken to hold
-for ever; windows without a label counted as wrong; F1 over the labels that were said only.
+Mutants tried, each made a test here fail: a window judged by the label at its end; windows without a label counted as
+wrong; F1 over the labels that were said only.
 """
 
 from __future__ import annotations

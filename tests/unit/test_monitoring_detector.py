@@ -1,7 +1,7 @@
 """The streaming detector and the looks in a row: shifts are found, devices that are themselves stay quiet.
 
-Mutants tried, each made a test here fail: no slack; sums without a cap; one baseline for all labels; a floor of
-the spread over all labels; a finding between calm and over that keeps the count.
+Mutants tried, each made a test here fail: no slack; sums without a cap; one baseline for all labels; the spread of
+all labels for each; a look that finds nothing does not end the count.
 """
 
 from __future__ import annotations

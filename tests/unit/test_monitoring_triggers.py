@@ -1,7 +1,7 @@
 """Triggers: asked for once, claimed by one, taken over when a trainer is not heard of, ended by who holds them.
 
-Mutants tried, each made a test here fail: a request without a look at what is open; the pause counted from the request;
-a claim that never runs out, or runs out though renewed; finishing what another has taken; ended triggers claimed again.
+Mutants tried, each made a test here fail: a request though one is open for longer than the pause; the pause counted
+from the request; a claim that never runs out; finishing what another has taken.
 """
 
 from __future__ import annotations
@@ -57,6 +57,16 @@ def test_of_many_who_ask_at_once_one_is_heard(opened):
     assert sum(name is not None for name in names) == 1
     assert len(tables[0].look()) == 1
     assert ask(tables[0], "other") is not None
+
+
+def test_while_one_is_open_no_other_is_asked_for_however_long_that_takes(opened, clock):
+    gateway = opened("gateway")
+    ask(gateway)
+    clock.wait(100_000)
+    assert ask(gateway) is None
+    opened("trainer").claim("gait", 1_000_000)
+    clock.wait(100_000)
+    assert ask(gateway) is None
 
 
 def test_the_pause_counts_from_the_end_of_the_last_training(opened, clock):
