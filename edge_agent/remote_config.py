@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 import msgspec
 
-from contract.desired import check_desired_stream
+from contract.desired import check_members, check_desired_stream
 from contract.errors import ConfigurationError, Rejected, TemporaryError
 from contract.limits import SEQ_MAX
 from contract.messages import Desired, DesiredStream, Refusal, decode, encode
@@ -64,7 +64,8 @@ def apply(revision: int, payload: bytes, streams: Mapping[str, StreamSettings]) 
         return Ignored()  # somebody cleared the retained document; what is in force stays
     try:
         desired = decode(payload, Desired)
-    except Rejected as error:
+        check_members(payload)
+    except (Rejected, ValueError) as error:
         found = _revision_of(payload)
         if found is not None and found <= revision:
             return Ignored()

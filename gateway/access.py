@@ -17,6 +17,7 @@ from gateway.ports import QuarantineTable, StreamTable
 from gateway.registry import PATH as DEVICES_PATH
 from gateway.registry import SCHEMA as DEVICES_SCHEMA
 from gateway.settings import LakeSettings
+from lake.credentials import require_credentials
 from lake.duck import QuerySettings
 from lake.monitoring.alerts import PATH as ALERTS_PATH
 from lake.monitoring.alerts import SCHEMA as ALERTS_SCHEMA
@@ -70,7 +71,9 @@ def store_settings(settings: LakeSettings, environ: Mapping[str, str]) -> StoreS
         changes["allow_http"] = True
     if settings.credentials_file:
         changes |= msgspec.structs.asdict(_read_credentials(Path(settings.credentials_file)))
-    return msgspec.structs.replace(found, **changes)
+    complete = msgspec.structs.replace(found, **changes)
+    require_credentials(complete, environ)
+    return complete
 
 
 def _read_credentials(path: Path) -> _Credentials:

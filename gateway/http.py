@@ -18,6 +18,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
+from contract.desired import check_members
 from contract.errors import ConfigurationError, TemporaryError
 from contract.limits import CONTROL_BYTES_MAX, SEQ_MAX
 from contract.messages import DesiredStream, Watermark
@@ -133,8 +134,8 @@ class HttpApi:
         except OSError as failure:
             await self._runner.cleanup()
             raise ConfigurationError(
-                f"[http] host = {settings.host!r}, port = {settings.port}: cannot listen there ({failure}); "
-                "choose another port, or port = 0 for any free one"
+                f"gateway.toml: [http] host = {settings.host!r}, port = {settings.port}: cannot listen there "
+                f"({failure}); choose another port, or port = 0 for any free one"
             ) from failure
         return int(self._runner.addresses[0][1])
 
@@ -204,9 +205,11 @@ class HttpApi:
         if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= PAGE_MAX):
             return error(400, "bad_limit", f"limit = {text[:40]!r}", f"give a number of 1 to {PAGE_MAX}")
         limit = int(text)
-        devices = self._views.registry.devices(request.query.get("after", ""), limit)
-        after = devices[-1].name if len(devices) == limit else None
-        return answer({"devices": [_device_summary(device) for device in devices], "after": after})
+        # One more than asked for tells whether there is another page.
+        found = self._views.registry.devices(request.query.get("after", ""), limit + 1)
+        page = found[:limit]
+        after = page[-1].name if len(found) > limit else None
+        return answer({"devices": [_device_summary(device) for device in page], "after": after})
 
     async def _device(self, request: web.Request) -> web.Response:
         name = request.match_info["device"]
@@ -229,8 +232,9 @@ class HttpApi:
         async with asyncio.timeout(READ_TIMEOUT_S):
             body = await request.read()
         try:
+            check_members(body)
             wanted = _decode_desired(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as mistake:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as mistake:
             return error(
                 400,
                 "bad_document",

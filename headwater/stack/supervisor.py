@@ -58,6 +58,10 @@ class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Called before every start, for files that the program reads; raises `HeadwaterError` when it cannot."""
     ready: Probe | None = None
     """Also asked while READY when `policy.alive_interval_s` is set. None: a process that exists is READY."""
+    clean: Callable[[], None] | None = None
+    """Called after every end of the process, for what it leaves behind when it is killed; must not raise."""
+    killed_in_stop: bool = False
+    """Whether it is known to miss the end of its patience now and then, and loses nothing by SIGKILL: no warning then."""
     fatal_output: bytes = b""
     """Output that shows that the process is beyond repair although it runs on; empty for none."""
     policy: Policy = Policy()
@@ -369,7 +373,9 @@ class Supervisor:
             case lifecycle.Terminate() if entry.child is not None:
                 entry.child.terminate()
             case lifecycle.Kill() if entry.child is not None:
-                self._logger.warning("child.kill", child=entry.spec.name, pid=entry.child.pid, why=entry.life.trouble)
+                known = entry.spec.killed_in_stop and entry.life.state is State.STOPPING
+                say = self._logger.info if known else self._logger.warning
+                say("child.kill", child=entry.spec.name, pid=entry.child.pid, why=entry.life.trouble)
                 entry.child.kill()
         return []
 
@@ -426,6 +432,8 @@ class Supervisor:
                 self._selector.unregister(descriptor)
         child.close()
         entry.child = None
+        if entry.spec.clean is not None:
+            entry.spec.clean()
         self._apply(entry, lifecycle.Exited(child.pid, code))
 
     def _tell(self, entry: _Entry, before: Life) -> None:

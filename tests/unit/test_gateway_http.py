@@ -180,6 +180,13 @@ GOOD = {"Content-Type": "application/json"}
         ("GET", "/v1/devices?limit=99999999999999999999", {}, 400, "bad_limit"),
         ("PUT", "/v1/devices/pi-1/desired", {"data": b"{}"}, 415, "not_json"),
         ("PUT", "/v1/devices/pi-1/desired", {"data": b"{", "headers": GOOD}, 400, "bad_document"),
+        (
+            "PUT",
+            "/v1/devices/pi-1/desired",
+            {"data": b'{"streams": {"s": {"rate_hz": 1, "rate_hz": 2}}}', "headers": GOOD},
+            400,
+            "bad_document",
+        ),
         ("PUT", "/v1/devices/pi-1/desired", {"data": b"\xff", "headers": GOOD}, 400, "bad_document"),
         ("PUT", "/v1/devices/pi-1/desired", {"data": b"[" * 9_000, "headers": GOOD}, 400, "bad_document"),
         ("PUT", "/v1/devices/pi-1/desired", {"json": {"streams": {"s": {"rat_hz": 1}}}}, 400, "bad_document"),

@@ -143,3 +143,13 @@ def test_what_the_file_leaves_out_of_the_lake_comes_from_the_environment(tmp_pat
 def test_a_plain_http_endpoint_needs_a_word():
     with pytest.raises(ConfigurationError, match="allow_http = true"):
         store_settings(parse(lake={"url": "s3://bucket/lake", "endpoint": "http://store:9000"}).lake, {})
+
+
+def test_a_bucket_without_credentials_ends_the_start_unless_the_credentials_file_has_them(tmp_path):
+    nobody = {"AWS_EC2_METADATA_DISABLED": "true"}
+    with pytest.raises(ConfigurationError, match="no credentials are set; set AWS_ACCESS_KEY_ID"):
+        store_settings(parse(lake={"url": "s3://bucket/lake"}).lake, nobody)
+    keys = tmp_path / "keys.toml"
+    keys.write_text('access_key = "a"\nsecret_key = "s"\n')
+    found = store_settings(parse(lake={"url": "s3://bucket/lake", "credentials_file": str(keys)}).lake, nobody)
+    assert found.access_key == "a"
