@@ -1,8 +1,7 @@
 """PSI and KS against plain references and SciPy; intervals of labels against looking them up one by one.
 
 Mutants tried, each made a test here fail: empty bins left out; bins closed below instead of above; KS over one side of
-each step only; label shares not used in `mixed`; the first of two overlapping intervals wins; neighbours with one
-label not joined.
+each step only; label shares not used in `mixed`; the first of two overlapping intervals wins.
 """
 
 from __future__ import annotations
