@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 import msgspec
 
-from contract.desired import check_members, check_desired_stream
+from contract.desired import check_desired_stream, check_members
 from contract.errors import ConfigurationError, Rejected, TemporaryError
 from contract.limits import SEQ_MAX
 from contract.messages import Desired, DesiredStream, Refusal, decode, encode

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
 
 from contract.errors import ConfigurationError, HeadwaterError, TemporaryError
 from edge_agent.app import run_agent
@@ -19,6 +20,7 @@ from edge_agent.sensors.recording import FileOptions, Recording
 from edge_agent.sensors.registry import create_sensor
 from edge_agent.settings import parse_settings
 from edge_agent.status import fetch_status
+from headwater import output
 from headwater.exits import Exit
 
 LOOK_S = 0.2
@@ -33,6 +35,7 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     time_column: str
     fields: tuple[str, ...] = ()
     delimiter: str = ""
+    decimal_point: str = "."
     time_format: str = ""
     speed: float = 1.0
     loop: bool = False
@@ -78,6 +81,7 @@ def replay_config(options: ReplayOptions) -> dict[str, Any]:
                     "time_column": options.time_column,
                     "fields": list(options.fields),
                     "delimiter": options.delimiter,
+                    "decimal_point": options.decimal_point,
                     "time_format": options.time_format,
                     "speed": float(options.speed),
                     "loop": options.loop,
@@ -115,7 +119,7 @@ def run_replay(options: ReplayOptions) -> ReplayResult:
         accepted = watcher.seen["accepted_rows"]
         raise ReplayFailed(
             f"{options.path} cannot be read further after {accepted:,} rows (the line above says why); mend the file, "
-            "or describe it better with --fields, --time-format, --delimiter"
+            "or describe it better with --fields, --time-format, --delimiter, --decimal-point"
         )
     if code != Exit.OK:
         raise TemporaryError(f"the agent of {options.device} ended with {code}; its log above says why")
@@ -135,25 +139,46 @@ def _check_file(driver: Mapping[str, Any]) -> None:
     Raises:
         ReplayFailed: in words of the command.
     """
-    file = {name: driver[name] for name in ("path", "time_column", "fields", "delimiter", "time_format")}
+    file = {name: driver[name] for name in _OF_THE_FILE}
     try:
         create_sensor("replay", driver)
         recording = Recording(FileOptions(**file))
         try:
-            next(recording.pieces(), None)
+            piece = next(recording.pieces(), None)
+            if piece is not None and (found := comma_numbers(piece.rows)):
+                output.complain(
+                    f"note: {', '.join(found)} will be text, and look like numbers with a comma; for numbers: "
+                    "--decimal-point ,"
+                )
         finally:
             recording.close()
     except ConfigurationError as error:
         raise ReplayFailed(in_words_of_the_command(str(error))) from error
 
 
-_TYPED = re.compile(r"'[^']*'|\b(time_column|time_format|keep_timestamps|fields|delimiter|speed|loop)\b")
+def comma_numbers(rows: pa.RecordBatch) -> list[str]:
+    """Text columns whose first values all look like numbers with a decimal comma."""
+    found = []
+    for name, column in zip(rows.schema.names, rows.columns, strict=True):
+        if pa.types.is_string(column.type):
+            values = [value for value in column.slice(0, _LOOKED_AT_ROWS).to_pylist() if value]
+            if values and all(_COMMA_NUMBER.fullmatch(value) for value in values):
+                found.append(name)
+    return found
+
+
+_OF_THE_FILE = ("path", "time_column", "fields", "delimiter", "decimal_point", "time_format")
+_LOOKED_AT_ROWS = 100
+_COMMA_NUMBER = re.compile(r"\s*[-+]?(\d+,\d+|\d+)([eE][-+]?\d+)?\s*", re.ASCII)
+_TYPES = "or declare the type of that column in fields"
+_TYPED = re.compile(r"'[^']*'|\b(time_column|time_format|keep_timestamps|fields|delimiter|decimal_point|speed|loop)\b")
 _ELSEWHERE = re.compile(r"\b(skip_rows|rate_hz|start_s)\b")
 
 
 def in_words_of_the_command(message: str) -> str:
     """A message of the driver `replay` with the options of `headwater simulate replay`; what is quoted stays."""
     text = re.sub(r"^driver 'replay'[:,] ", "", message).replace("option 'path' = ", "FILE ")
+    text = text.replace(_TYPES, "or leave that column out with fields")
     text = _TYPED.sub(lambda found: f"--{found[1].replace('_', '-')}" if found[1] else found[0], text)
     return f"{text} (an agent.toml with driver replay has more options)" if _ELSEWHERE.search(text) else text
 

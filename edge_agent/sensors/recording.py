@@ -5,7 +5,6 @@ Times come out as int64 microseconds since 1970-01-01 UTC; values as the file ho
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
+from edge_agent.sensors.columns import Columns
 from edge_agent.sensors.options import parse_fields, split_fields
 from edge_agent.sensors.port import SensorConfigError, SensorError
 
@@ -26,7 +26,9 @@ _CSV_BLOCK_BYTES = 1 << 17
 _PARQUET_BUFFER_BYTES = 1 << 16
 _BATCH_ROWS = 8192
 _NUMBER_FORMATS = {"s": 1_000_000.0, "ms": 1_000.0, "us": 1.0, "ns": 0.001}
-_ZONE = re.compile(r"(Z|z|[+-]\d\d(:?\d\d)?)$")
+_ZONE = r"(Z|z|[+-]\d\d(:?\d\d)?)$"
+"""What follows the date of a time that carries a zone."""
+_CONVERT = "convert the file, for example: iconv -f LATIN1 -t UTF-8 OLD > NEW"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _COMPRESSIONS = (".gz", ".zst", ".bz2")
 
@@ -93,6 +95,7 @@ class Recording:
         if first is None:
             raise self._bad("it holds no rows; give another file")
         self.schema = pa.schema([field for field in first.schema if field.name != options.time_column])
+        self._check_schema()
 
     def pieces(self) -> Iterator[Piece]:
         """The rows from the beginning; call it once.
@@ -107,6 +110,29 @@ class Recording:
                 yield self._piece(batch)
             with self._translated():
                 batch = next(self._batches, None)
+
+    def _check_schema(self) -> None:
+        """Refuse columns that could never be sent, and bytes that were taken for binary because they are no text."""
+        times = 0 if self._first is None else self._first.schema.names.count(self._options.time_column)
+        if times > 1:
+            raise self._bad(f"it has {times} columns {self._options.time_column!r}; rename all but the time")
+        if not self.schema.names:
+            raise self._bad("it has no column beside the time; give a file with at least one measured field")
+        try:
+            Columns(self.schema)
+        except SensorConfigError as error:
+            raise self._bad(f"{error} in the file, or choose other columns with fields") from error
+        if self._format() == "csv" and self._first is not None:
+            for field in self.schema:
+                if pa.types.is_binary(field.type) and field.name not in self._types:
+                    self._refuse_bytes(field.name, self._first.column(field.name))
+
+    def _refuse_bytes(self, name: str, column: pa.Array) -> None:
+        for row, value in enumerate(column.to_pylist(), 1):
+            try:
+                (value or b"").decode()
+            except UnicodeDecodeError as error:
+                raise self._bad(f"row {row}, column {name!r}: {value!r:.80} is not UTF-8; {_CONVERT}") from error
 
     def close(self) -> None:
         """Let go of the file."""
@@ -127,17 +153,32 @@ class Recording:
         return Piece(times, rows)
 
     def _times(self, column: pa.Array) -> pa.Array:
-        if column.null_count:
-            row = self._row + pc.index(column.is_null(), True).as_py() + 1
-            raise self._bad(f"row {row} has no time in column {self._options.time_column!r}; remove such rows")
+        name, time_format = self._options.time_column, self._options.time_format
+        lacking = column.is_null()
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            lacking = pc.or_(lacking, pc.equal(pc.utf8_trim_whitespace(column), "").fill_null(True))
+        if (index := pc.index(lacking, True).as_py()) >= 0:
+            raise self._bad(f"row {self._row + index + 1} has no time in column {name!r}; remove such rows")
         try:
-            return parse_times(column, self._options.time_format, self._options.timezone)
-        except (pa.ArrowException, ValueError, OverflowError, ZoneInfoNotFoundError) as error:
+            return parse_times(column, time_format, self._options.timezone)
+        except MixedZones as error:
+            raise self._bad(f"row {self._row + error.index + 1}, column {name!r}: {error}") from error
+        except _UNREADABLE as error:
+            index = self._first_unreadable(column)
+            value = column[index].as_py()
             raise self._bad(
-                f"times in column {self._options.time_column!r} from row {self._row + 1} on cannot be read with "
-                f"time_format {self._options.time_format!r}: {str(error).splitlines()[0][:200]}; set time_format "
+                f"row {self._row + index + 1}: the time {value!r:.80} in column {name!r} cannot be read with "
+                f"time_format {time_format!r}; mend it, or set time_format "
                 "(iso8601, s, ms, us, ns or a strptime pattern)"
             ) from error
+
+    def _first_unreadable(self, column: pa.Array) -> int:
+        for index in range(len(column)):
+            try:
+                parse_times(column.slice(index, 1), self._options.time_format, self._options.timezone)
+            except _UNREADABLE:
+                return index
+        return 0
 
     def _format(self) -> str:
         if self._options.format:
@@ -203,13 +244,31 @@ class Recording:
             raise self._bad(f"{error.strerror or error}; check path and permissions") from error
         except KeyError as error:
             raise self._bad(f"{str(error).strip(chr(34))[:200]}; check fields, columns and delimiter") from error
+        except UnicodeDecodeError as error:
+            raise self._bad(f"its header is not UTF-8 ({error.object!r:.80}); {_CONVERT}") from error
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
-            raise self._bad(
-                f"{str(error).splitlines()[0][:300]}; declare the type of that column in fields, "
-                "or check delimiter, columns and skip_rows"
-            ) from error
+            said = str(error).splitlines()[0][:300]
+            raise self._bad(f"{said}; {_remedy(said)}") from error
         except OSError as error:
             raise SensorError(f"driver 'replay', file {str(self._file)!r} cannot be read now: {error}") from error
+
+
+class MixedZones(ValueError):
+    """Times with a zone and times without one in a file: nobody knows how far they are apart.
+
+    Attributes:
+        index: of the first that differs from those before.
+    """
+
+    def __init__(self, value: str, index: int, *, zoned: bool) -> None:
+        has, others = ("a zone", "none") if zoned else ("no zone", "one")
+        super().__init__(
+            f"the time {value!r:.80} has {has}, those before have {others}; write all with a zone or all without"
+        )
+        self.index = index
+
+
+_UNREADABLE = (pa.ArrowException, ValueError, OverflowError, ZoneInfoNotFoundError)
 
 
 def parse_times(column: pa.Array, time_format: str, timezone: str) -> pa.Array:
@@ -258,8 +317,12 @@ def _number_times(column: pa.Array, time_format: str) -> pa.Array:
 
 
 def _iso_times(column: pa.Array, timezone: str) -> pa.Array:
-    zoned = len(column) > 0 and _ZONE.search(column[0].as_py().strip()[10:]) is not None
     trimmed = pc.utf8_trim_whitespace(column)
+    zones = pc.match_substring_regex(pc.utf8_slice_codeunits(trimmed, 10), _ZONE)
+    zoned = len(zones) > 0 and zones[0].as_py()
+    if zones.true_count not in (0, len(zones)):
+        index = pc.index(zones, not zoned).as_py()
+        raise MixedZones(column[index].as_py(), index, zoned=not zoned)
     if zoned:
         parsed = trimmed.cast(pa.timestamp("ns", tz="UTC"))
     else:
@@ -279,6 +342,19 @@ def _csv_time_type(time_format: str) -> pa.DataType:
     if time_format == "ns":
         return pa.int64()
     return pa.float64() if time_format in _NUMBER_FORMATS else pa.string()
+
+
+def _remedy(said: str) -> str:
+    """What to do about an error of Arrow's CSV or Parquet reader."""
+    if "Empty CSV" in said:
+        return "give a file with a header line and rows"
+    if "Expected" in said and "columns, got" in said:
+        return "mend that line, or check delimiter, columns and skip_rows"
+    if "UTF8" in said or "utf8" in said.lower():
+        return _CONVERT
+    if "conversion error" in said:
+        return "mend that value, or declare the type of that column in fields"
+    return "give a file that is whole, and check format and delimiter"
 
 
 def _as_declared(batch: pa.RecordBatch, columns: list[str], types: pa.Schema) -> pa.RecordBatch:

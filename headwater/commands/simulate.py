@@ -29,6 +29,9 @@ def replay(
     delimiter: Annotated[str | None, typer.Option("--delimiter", metavar="CHAR", help="Of a CSV file; else comma.")] = (
         None
     ),
+    decimal_point: Annotated[
+        str | None, typer.Option("--decimal-point", metavar="CHAR", help="Of a CSV file's numbers; else a dot.")
+    ] = None,
     time_format: Annotated[
         str | None,
         typer.Option(
@@ -66,6 +69,7 @@ def replay(
         time_column=time_column,
         fields=tuple(name.strip() for name in fields.split(",") if name.strip()) if fields else (),
         delimiter=delimiter or "",
+        decimal_point=decimal_point or ".",
         time_format=time_format or "",
         speed=speed,
         loop=loop,

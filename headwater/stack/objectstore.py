@@ -33,7 +33,7 @@ STOP_TIMEOUT_S = 2.5
 """It stops in 1.2 to 1.7 s, of which it gives its inner gRPC connections one. Now and then its volume server, the last
 part to stop, waits much longer for an HTTP connection of its own process to end. What was answered for survives
 SIGKILL, so that is not waited for."""
-_SOCKETS = Path("/tmp")  # noqa: S108 - where the program itself puts them
+_SOCKETS = Path("/tmp")
 
 
 class StoreAccess(msgspec.Struct, frozen=True, kw_only=True):

@@ -61,7 +61,7 @@ class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
     clean: Callable[[], None] | None = None
     """Called after every end of the process, for what it leaves behind when it is killed; must not raise."""
     killed_in_stop: bool = False
-    """Whether it is known to miss the end of its patience now and then, and loses nothing by SIGKILL: no warning then."""
+    """Whether it is known to stop too late now and then, and loses nothing by SIGKILL: no warning then."""
     fatal_output: bytes = b""
     """Output that shows that the process is beyond repair although it runs on; empty for none."""
     policy: Policy = Policy()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from headwater.replay import ReplayFailed, ReplayOptions, in_words_of_the_command, run_replay
+from headwater.replay import ReplayFailed, ReplayOptions, comma_numbers, in_words_of_the_command, run_replay
 
 ROWS = "t,a\n1,2\n3,x\n"
 
@@ -45,3 +46,17 @@ def test_what_is_quoted_is_no_option_and_what_the_command_lacks_is_pointed_to() 
     assert in_words_of_the_command(said) == (
         "'speed' and --time-column 'loop'; check skip_rows (an agent.toml with driver replay has more options)"
     )
+
+
+def test_a_type_cannot_be_declared_on_the_command_line_and_is_not_asked_for() -> None:
+    said = "driver 'replay', file 'f': invalid value 'x'; mend that value, or declare the type of that column in fields"
+    assert in_words_of_the_command(said) == (
+        "file 'f': invalid value 'x'; mend that value, or leave that column out with --fields"
+    )
+
+
+def test_numbers_with_a_decimal_comma_are_noticed() -> None:
+    rows = pa.record_batch(
+        {"a": ["1,5", "", "-2,25", "3"], "b": ["1,5", "x", "2", "3"], "c": [1, 2, 3, 4], "d": ["", "", "", ""]}
+    )
+    assert comma_numbers(rows) == ["a"]

@@ -316,16 +316,28 @@ def test_a_big_csv_file_is_read_in_pieces(tmp_path: Path) -> None:
     ("text", "options", "message"),
     [
         ("ts,x\n", {}, "holds no rows"),
-        ("", {}, "Empty CSV file"),
+        ("", {}, "Empty CSV file; give a file with a header line and rows"),
         ("when,x\n1,2\n", {"time_format": "s"}, r"no time column 'ts'; its columns are \['when', 'x'\]"),
         ("ts,x\n1,2\n", {"time_format": "s", "fields": ["y"]}, "Column 'y' .* does not exist"),
         ("ts,x\n1,2\n", {"time_format": "s", "fields": ["ts"]}, "also in fields"),
-        ("ts,x\nsoon,2\n", {}, "from row 1 on cannot be read with time_format ''"),
+        ("ts,x\nsoon,2\n", {}, "row 1: the time 'soon' in column 'ts' cannot be read with time_format ''"),
+        ("ts,x\n2026-01-01,2\n2026-01-01T25,2\n", {}, "row 2: the time '2026-01-01T25'"),
+        ("ts,x\n,2\n2026-01-01,3\n", {}, "row 1 has no time in column 'ts'"),
+        (
+            "ts,x\n2026-01-01T00:00,2\n2026-01-01T00:01Z,3\n",
+            {},
+            "row 2, column 'ts': the time '2026-01-01T00:01Z' has a zone, those before have none; write all with",
+        ),
+        ("ts,x,X\n2026-01-01,1,2\n", {}, "'x' and 'X', alike or different only by case; rename one in the file"),
+        ("ts,x,x\n2026-01-01,1,2\n", {}, "'x' and 'x', alike"),
+        ("ts,x,\n2026-01-01,1,2\n", {}, "field name '' has 0 bytes"),
+        ("ts\n2026-01-01\n", {}, "no column beside the time"),
+        ("ts,ts\n2026-01-01,1\n", {}, "2 columns 'ts'"),
         ("ts,x\n1,2\n", {"time_format": "minutes"}, "time_format 'minutes' is not known"),
         ("ts,x\n1,2\n", {"time_format": "s", "timezone": "Mars/Base"}, "timezone 'Mars/Base'"),
         ("ts,x\n1,2\n,3\n", {"time_format": "s"}, "row 2 has no time"),
         ("ts,x\n" + "1,2\n" * 60_000 + ",3\n", {"time_format": "s"}, "row 60001 has no time"),
-        ("ts,x\n1,2\n2\n", {"time_format": "s"}, "Expected 2 columns, got 1"),
+        ("ts,x\n1,2\n2\n", {"time_format": "s"}, "Expected 2 columns, got 1: 2; mend that line"),
         ("ts,x\n1,2.5\n", {"time_format": "s", "fields": {"x": "int8"}}, "conversion error to int8"),
         ("ts,x\n1,2\n", {"time_format": "s", "fields": {"x": "number"}}, "unknown type 'number'"),
         ("ts,x\n1,2\n", {"time_column": ""}, "rate_hz is not above 0"),
@@ -340,8 +352,22 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, text: str, options: d
 
 def test_a_later_value_of_another_type_is_named_with_its_row(tmp_path: Path) -> None:
     text = "ts,x\n" + "".join(f"{n},{n}\n" for n in range(200_000)) + "200000,off\n"
-    with pytest.raises(SensorConfigError, match=r"invalid value 'off'; declare the type of that column"):
+    with pytest.raises(SensorConfigError, match=r"invalid value 'off'; mend that value, or declare the type"):
         Player(path=write(tmp_path / "a.csv", text), time_format="s", speed=0).rows(1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"ts,x\n1,ok\n2,K\xfchler\n", r"row 2, column 'x': b'K\\xfchler' is not UTF-8; convert the file"),
+        (b"ts,K\xfchler\n1,2\n", r"not UTF-8 .*; convert the file"),
+        (b"ts,x\n" + b"1,ok\n" * 100_000 + b"2,K\xfchler\n", "invalid UTF8 data; convert the file"),
+    ],
+)
+def test_text_that_is_not_utf_8_is_refused_and_never_binary(tmp_path: Path, text: bytes, says: str) -> None:
+    (tmp_path / "a.csv").write_bytes(text)
+    with pytest.raises(SensorConfigError, match=says):
+        Player(path=str(tmp_path / "a.csv"), time_format="s", speed=0).rows(1_000_000)
 
 
 def test_a_file_that_is_not_there_is_named() -> None:
