@@ -12,7 +12,7 @@ MODULES = {
     "edge": ("paho", "prometheus_client", "psutil"),
     "gateway": ("aiohttp", "deltalake", "duckdb", "numpy", "obstore", "paho", "prometheus_client"),
     "simulators": ("iotcore", "mqtt5"),
-    "trainer": ("matplotlib", "onnx", "optuna", "river", "sklearn", "skl2onnx"),
+    "trainer": ("matplotlib", "onnx", "optuna", "sklearn", "skl2onnx"),
 }
 """Extra → top-level modules that it brings. An extra is complete when all can be found."""
 INCLUDES = {"simulators": ("edge", "gateway"), "trainer": ("gateway",)}
