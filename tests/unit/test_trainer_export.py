@@ -1,7 +1,7 @@
 """Each family exported and proved in a fresh process; what is broken on purpose is not released.
 
-Mutants tried, each seen to fail here: a scaler before trees; features in float32; thresholds of trees rounded to
-float32; leaves of boosting in one part instead of three; a NaN that is not counted; a label that is 1 at the threshold.
+Mutants tried, each seen to fail here: a scaler before trees, features in float32, and leaves of boosting in one part
+instead of three, all as tests; infinities that are not counted; a label that is 1 at the threshold.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The search: families compared, budget and target kept, nothing lost by a kill, every failure said with its remedy.
 
-Mutants tried, each seen to fail here: the journal not read; the target compared with a pruned trial; selection made
-from the windows that judge; a failed trial that counts as the best; folds that are not checked for classes.
+Mutants tried, each seen to fail here: the journal not read; folds that are not checked for classes; features ranked by
+the windows that judge.
 """
 
 from __future__ import annotations
