@@ -10,8 +10,9 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -23,6 +24,24 @@ _AT = re.compile(r" - at `\$\.?([^`]*)`$")
 _UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`")
 _MISSING = re.compile(r"Object missing required field `([^`]*)`")
 _SECRET = re.compile(r"pass|secret|token|credential|key", re.IGNORECASE)
+_EXAMPLES = {
+    "device": 'device = "pump-7"',
+    "broker": 'broker.url = "mqtt://127.0.0.1:1883"',
+    "broker.url": 'url = "mqtt://127.0.0.1:1883"',
+    "lake": 'lake.url = "file:///var/lib/headwater/lake"',
+    "lake.url": 'url = "file:///var/lib/headwater/lake"',
+    "driver": 'driver = "host"',
+    "rate_hz": "rate_hz = 1",
+}
+"""What a missing key may look like."""
+_BY_TYPE = {
+    "int": "write a whole number, without quotes",
+    "float": "write a number, without quotes",
+    "bool": "write true or false, without quotes",
+    "str": "write a text, in quotes",
+    "array": "write a list: [ … ]",
+    "object": "write a table: { … }",
+}
 _UNITS = {"bytes": "bytes", "rows": "rows", "s": "s", "hz": "Hz"}
 
 
@@ -104,7 +123,8 @@ def _explained(message: str, table: Mapping[str, Any], kind: type[msgspec.Struct
     text = message[: at.start()] if at else message
     path = [part for part in at[1].split(".") if part] if at else []
     if found := _MISSING.match(text):
-        return f"{_where(path)}{found[1]} is missing; add it"
+        example = _EXAMPLES.get(".".join([*path, found[1]])) or _EXAMPLES.get(found[1])
+        return f"{_where(path)}{found[1]} is missing; add it" + (f", for example: {example}" if example else "")
     if found := _UNKNOWN.match(text):
         value = _shown(found[1], _value_at(table, [*path, found[1]]))
         keys = _known_keys(kind, path)
@@ -114,7 +134,38 @@ def _explained(message: str, table: Mapping[str, Any], kind: type[msgspec.Struct
     value = _value_at(table, path)
     if isinstance(value, Mapping):  # a rule over the whole table, which names the key itself
         return f"{_where(path)}{text}"
-    return f"{_where(path[:-1])}{path[-1]} = {_shown(path[-1], value)}: {text}; correct it"
+    remedy = _remedy(text, _known_values(kind, path))
+    return f"{_where(path[:-1])}{path[-1]} = {_shown(path[-1], value)}: {text}; {remedy}"
+
+
+def _remedy(text: str, known: list[str]) -> str:
+    """What to write instead of a value that msgspec refuses."""
+    if known:
+        return f"use one of: {', '.join(known)}"
+    wanted = re.match(r"Expected `([^`]*)`", text)
+    kinds = wanted[1].split(" | ") if wanted else []
+    return next((remedy for kind, remedy in _BY_TYPE.items() if kind in kinds), "choose another value")
+
+
+def _known_values(kind: Any, path: list[str]) -> list[str]:
+    """The values there are for the key at `path`, where they can be counted."""
+    for name in path[:-1]:
+        kind = get_type_hints(kind).get(name) if isinstance(kind, type) else None
+    for each in get_args(kind) or (kind,):
+        if isinstance(each, type) and issubclass(each, msgspec.Struct):
+            config = each.__struct_config__
+            if config.tag_field == path[-1]:
+                return [
+                    str(one.__struct_config__.tag)
+                    for one in get_args(kind) or (each,)
+                    if hasattr(one, "__struct_config__")
+                ]
+            hint = get_type_hints(each).get(path[-1])
+            if get_origin(hint) is Literal:
+                return [repr(value) if isinstance(value, str) else str(value) for value in get_args(hint)]
+            if isinstance(hint, type) and issubclass(hint, Enum):
+                return [repr(str(member.value)) for member in hint]
+    return []
 
 
 def _where(path: list[str]) -> str:

@@ -81,6 +81,8 @@ def run_agent(settings: AgentSettings, environment: Mapping[str, str] | None = N
     configure_logging(settings.log)
     _spare_memory()
     environment = dict(os.environ) if environment is None else environment
+    if not settings.streams:
+        _log.warning("no_streams", remedy="nothing is measured: add [streams.NAME] to agent.toml, with a driver")
     notifier = notifier_from(environment, os.getpid())
     try:
         with _Bell() as bell:

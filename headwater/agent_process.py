@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def _run() -> None:
-    from contract.errors import HeadwaterError
+    from contract.errors import ConfigurationError, HeadwaterError
     from headwater.exits import exit_of
 
     parser = argparse.ArgumentParser(prog="headwater agent run")
@@ -41,7 +41,9 @@ def _run() -> None:
             settings = msgspec.structs.replace(settings, log=msgspec.structs.replace(settings.log, format="json"))
         sys.exit(run_agent(settings))
     except HeadwaterError as error:
-        sys.stderr.write(f"error: {error}\n")
+        # What shows only when parts are made, such as a driver's options, does not know the file it comes from.
+        known = not isinstance(error, ConfigurationError) or str(arguments.config) in str(error)
+        sys.stderr.write(f"error: {error}\n" if known else f"error: {arguments.config}: {error}\n")
         sys.exit(exit_of(error))
 
 

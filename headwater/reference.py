@@ -16,7 +16,12 @@ INTRODUCTION = """\
 <!-- Made by `python -m headwater.reference > docs/cli.md`; a test says when it is stale. -->
 
 Every command takes `--json`: one JSON object, or one line of JSON per row, on stdout. Logs and complaints go to stderr.
-`python -m headwater` is the same as `headwater`.
+`headwater` is `.venv/bin/headwater` in a checkout; `python -m headwater` is the same.
+
+Ctrl-C ends a command that has no result yet with 130. `up` takes the first as "stop cleanly" and ends with 0, a second
+as "end now", with 130: its processes are ended by the kernel, no acknowledged reading is lost, and the next start over
+the same folder goes on from there. With `--json` the last line is `{"event":"stopped",…}` either way, after a second
+Ctrl-C with `"cut":true`.
 
 | exit status | meaning |
 |---|---|

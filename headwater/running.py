@@ -21,7 +21,8 @@ def run_up(options: UpOptions, environment: Mapping[str, str], *, json: bool) ->
         HeadwaterError: it could not start, or a process gave up.
     """
     say = sayer(json=json)
-    with stopping() as stop, DataFolder(options.data) as folder, Supervisor() as supervisor:
+    cut = output.json_line({"event": "stopped", "cut": True}) if json else ""
+    with stopping(cut) as stop, DataFolder(options.data) as folder, Supervisor() as supervisor:
         stack = Stack(options, folder=folder, supervisor=supervisor, environment=environment, say=say)
         record = stack.start()
         if json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -14,15 +15,21 @@ from headwater.exits import Exit
 
 
 @contextmanager
-def stopping() -> Iterator[threading.Event]:
+def stopping(last_words: str = "") -> Iterator[threading.Event]:
     """An event that is set by SIGINT or SIGTERM while inside; a second signal ends this process without more ado.
 
     Processes that it supervises are ended by the kernel then; nothing that counts is lost by that.
+
+    Args:
+        last_words: a line for stdout at a second signal.
     """
     stop = threading.Event()
 
     def asked(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
+            if last_words:
+                with contextlib.suppress(OSError):
+                    os.write(1, f"{last_words}\n".encode())  # print may be in the middle of a line of its own
             os._exit(Exit.INTERRUPTED)
         stop.set()
 

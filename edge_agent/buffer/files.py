@@ -53,8 +53,14 @@ class Reserve:
 def locked(path: Path) -> int:
     """Take the lock that keeps a second agent from the same buffer; it ends with the process."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # One folder and no more: a longer path that is not there is a mistake, or a disk that is not mounted.
+        path.parent.mkdir(exist_ok=True)
         handle = os.open(beside(path, "-lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except (FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+        raise ConfigurationError(
+            f"[buffer] path = {str(path)!r}: {path.parent.parent} is no folder that is there ({error.strerror}); mount "
+            "the disk, make the folder, or choose another path"
+        ) from error
     except OSError as error:
         raise BufferUnavailableError(
             f"buffer {path}: {error}; the agent cannot write there: mount the disk for writing, free space, and let "

@@ -95,3 +95,17 @@ def test_work_beside_gives_back_what_it_makes_and_what_it_raises() -> None:
         assert aside.run(threading.get_ident) != threading.get_ident()
         with pytest.raises(QueryError, match="no"):
             aside.run(lambda: (_ for _ in ()).throw(QueryError("no")))
+
+
+def test_a_second_ctrl_c_ends_at_once_with_last_words() -> None:
+    code = """
+import os, signal, threading
+from headwater.signals import stopping
+with stopping('{"event":"stopped"}') as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.wait(10)
+    os.kill(os.getpid(), signal.SIGINT)
+    threading.Event().wait(30)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, '{"event":"stopped"}\n', "")

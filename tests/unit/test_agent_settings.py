@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,7 @@ import pytest
 
 from contract.broker import BrokerAddress
 from contract.errors import ConfigurationError
+from edge_agent.buffer.files import locked
 from edge_agent.buffer.port import WhenFull
 from edge_agent.sampling.settings import Burst, Interval, OnChange, Stream
 from edge_agent.sensors.registry import create_sensor
@@ -126,14 +130,14 @@ sampling = { mode = "stream" }
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("device = 1\n[broker]\nurl = 'mqtt://b'", "device = 1: Expected `str`, got `int`"),
-        ("[broker]\nurl = 'mqtt://b'", "device is missing; add it"),
+        ("device = 1\n[broker]\nurl = 'mqtt://b'", "device = 1: Expected `str`, got `int`; write a text, in quotes"),
+        ("[broker]\nurl = 'mqtt://b'", 'device is missing; add it, for example: device = "pump-7"'),
         ("device = 'Pi'\n[broker]\nurl = 'mqtt://b'", "device = 'Pi' is not a device name"),
         ("device = 'pi'", "broker is missing"),
-        ("device = 'pi'\n[broker]", "[broker] url is missing"),
+        ("device = 'pi'\n[broker]", '[broker] url is missing; add it, for example: url = "mqtt://'),
         (MINIMAL + "keepalive_s = 0", "[broker] keepalive_s = 0 is outside 5 .. 3600"),
         (MINIMAL + "tls = true", "[broker] tls = True is an unknown key; remove it, or use one of: url, username"),
-        (MINIMAL + "protocol = '4'", "[broker] protocol = '4'"),
+        (MINIMAL + "protocol = '4'", "use one of: '5', '3.1.1', 5"),
         (MINIMAL + "ca_file = 'ca.pem'", "url = 'mqtt://broker' is without TLS"),
         (MINIMAL + "cert_file = 'c.pem'", "give both, or neither"),
         (MINIMAL + "password_file = 'p'", "stands without a username"),
@@ -145,12 +149,15 @@ sampling = { mode = "stream" }
         (MINIMAL + "[streams.'headwater.x']\ndriver = 'host'", "is reserved"),
         (MINIMAL + "[streams.s]\ndriver = 'host'\nrate_hz = 5", "[streams.s] rate_hz = 5 is an unknown key"),
         (MINIMAL + "[streams.s]\ndriver = 'host'\nsampling = {rate_hz = 0}", "[sampling] rate_hz = 0 is outside"),
-        (MINIMAL + "[streams.s]\ndriver = 'host'\nsampling = {mode = 'x'}", "mode = 'x'"),
+        (
+            MINIMAL + "[streams.s]\ndriver = 'host'\nsampling = {mode = 'x'}",
+            "x'; use one of: interval, on_change, burst, stream",
+        ),
         (
             MINIMAL + "[streams.s]\ndriver = 'host'\nmax_batch_rows = 70000",
             "max_batch_rows = 70000 is outside 1 .. 65536",
         ),
-        (MINIMAL + "[streams.s]\ndriver = 'host'\ncaps = {when_full = 'stop'}", "[caps] when_full = 'stop'"),
+        (MINIMAL + "[streams.s]\ndriver = 'host'\ncaps = {when_full = 'stop'}", "use one of: 'drop_oldest'"),
         (MINIMAL + "[streams]\ns = 1", "streams is not a table of tables"),
         (MINIMAL + "x", "is not TOML"),
     ],
@@ -231,3 +238,27 @@ def test_the_examples_are_what_the_agent_accepts() -> None:
         assert settings.streams
         for stream in settings.streams.values():
             create_sensor(stream.driver, stream.options)
+
+
+def test_only_the_last_folder_of_the_buffer_is_made(tmp_path: Path) -> None:
+    """A path that begins with a disk that is not mounted must not fill the card below it."""
+    os.close(locked(tmp_path / "made" / "buffer.db"))
+    with pytest.raises(ConfigurationError, match=r"\[buffer\] path = .* mount the disk, make the folder"):
+        locked(tmp_path / "ssd" / "headwater" / "buffer.db")
+    assert not (tmp_path / "ssd").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match="is no folder"):
+        locked(tmp_path / "file" / "buffer.db")
+
+
+def test_an_agent_says_the_file_of_a_wrong_driver_option_and_that_it_measures_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "agent.toml"
+    config.write_text(MINIMAL + "[streams.s]\ndriver = 'hwmon'\noptions = { chip = 'x' }\n")
+    command = [sys.executable, "-m", "headwater.agent_process", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {config}: [streams.s] driver 'hwmon' has no option 'chip'")
+    config.write_text(MINIMAL + "[buffer]\npath = 'no/such/buffer.db'\n")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "no_streams" in done.stderr

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from contract.errors import ConfigurationError, HeadwaterError, Reason, Rejected, TemporaryError
 from headwater import cli, extras, toml
+from headwater.commands import tree
 from headwater.exits import Exit, exit_of
 from headwater.reference import reference
 
@@ -86,7 +87,7 @@ def commands(command: Any, path: str = "") -> dict[str, Any]:
 
 
 def all_commands() -> dict[str, Any]:
-    return commands(typer.main.get_command(cli.build()))
+    return commands(typer.main.get_command(tree.build()))
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -58,7 +58,7 @@ def test_paths_are_relative_to_the_file(tmp_path):
         ({"replica": "0/65"}, "replica", "'0/65'", 'write "0/1"'),
         ({"flush_interval_s": 0}, "flush_interval_s", "0", "choose a value in that range"),
         ({"flush_interval_s": float("nan")}, "flush_interval_s", "nan", "choose a value in that range"),
-        ({"flush_workers": "two"}, "flush_workers", "'two'", "correct it"),
+        ({"flush_workers": "two"}, "flush_workers", "'two'", "write a whole number, without quotes"),
         ({"memory_bytes_max": 1}, "memory_bytes_max", "1", "raise it, or lower payload_bytes_max"),
         ({"limits": {"rows_max": 65_537}}, "rows_max", "65537", "choose a value in that range"),
         ({"http": {"host": "0.0.0.0"}}, "[http] host", "'0.0.0.0'", "allow_remote_http = true"),
