@@ -317,10 +317,13 @@ class Store:
                 pass  # S3 does not tell either
 
     def remove_empty(self, folder: str) -> None:
-        """Remove a folder of a file:// lake that holds nothing (any more); elsewhere there are no folders."""
+        """Remove a folder of a file:// lake that holds nothing (any more), and those above it; elsewhere are none."""
         if self._folder is not None:
             with contextlib.suppress(OSError):  # something is in it, or it is not there: both are well
-                (self._folder / folder).rmdir()
+                for path in ((within := self._folder / folder), *within.parents):
+                    if path == self._folder:
+                        break
+                    path.rmdir()
 
     def probe(self) -> None:
         """Write, read and remove a small object: the store answers and the credentials suffice.

@@ -71,6 +71,7 @@ def test_a_good_store_passes_and_a_wrong_key_is_told(object_store: StoreServer, 
     assert set(found) == {"store.put_get"}
     folder = check_store(StoreSettings(url=f"file://{tmp_path}/lake"))
     assert bad(folder) == {}
+    assert list((tmp_path / "lake").iterdir()) == []
     assert [path for path in (tmp_path / "lake").rglob("*") if path.is_file()] == []
 
 

@@ -16,6 +16,7 @@ import pytest
 from botocore.exceptions import BotoCoreError, ClientError
 
 from headwater.stack.objectstore import SeaweedSettings
+from headwater.stack.ports import PortBook
 from tests.integration.servers import PATIENCE_S, Servers, StoreServer, s3_client, wait_until
 
 
@@ -145,3 +146,17 @@ def test_a_frozen_store_goes_on_where_it_was(servers: Servers) -> None:
         os.kill(store.pid, signal.SIGCONT)
         put.result(PATIENCE_S)
     assert content(client, bucket, "lake/frozen") == b"1"
+
+
+def test_a_stop_that_has_to_kill_leaves_no_socket_of_its_own_behind(tmp_path: Path) -> None:
+    """Mutants tried: no `clean` in the spec (five sockets stay)."""
+
+    def sockets(ports: dict[str, int]) -> list[Path]:
+        return [path for port in ports.values() for path in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock")]
+
+    with Servers(tmp_path) as servers:
+        store = servers.seaweed()
+        ports = PortBook(tmp_path / "ports.json").read()
+        assert len(sockets(ports)) == 5
+        os.kill(store.pid, signal.SIGSTOP)
+    assert sockets(ports) == []
