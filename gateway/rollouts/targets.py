@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from contract.models import ReportedModel, Trial
+from contract.models import DeviceState, ReportedModel, ReportedOrder, Trial
 from gateway.rollouts.evidence import DeviceView, took
 from gateway.rollouts.selection import stage_of
 from lake.rollouts import Rollout, RolloutBook, RolloutState
@@ -76,9 +76,18 @@ class Targets:
             withheld |= held
             if order is not None:
                 orders.append(order)
-                read = None if reported is None else reported.order
-                lacking |= read is None or read.sequence < order.sequence
+                lacking |= not _has_read(order, None if reported is None else reported.order)
         return Wanted(tuple(orders), lacking, withheld) if orders or withheld else NOTHING
+
+
+def _has_read(order: Order, latest: ReportedOrder | None) -> bool:
+    """Whether the order that a device reported last is this one, or came after it.
+
+    An order that it refused proves nothing by its number: anybody may have written it.
+    """
+    if latest is None or latest.sequence == order.sequence:
+        return latest is not None
+    return latest.sequence > order.sequence and latest.state is not DeviceState.REJECTED
 
 
 def _decided(rollouts: Iterable[Rollout], device: DeviceView) -> tuple[Order | None, bool]:

@@ -306,6 +306,16 @@ def test_a_pause_hands_out_no_order_and_takes_none_away():
         )
 
 
+def test_a_forged_order_that_a_device_refused_does_not_keep_the_true_one_from_it():
+    """Mutant tried: whatever has a higher number was read."""
+    table = one_stage()
+    true = has("pi-1", table.rollout(), DeviceState.COMMITTED).model
+    forged = msgspec.structs.replace(true.order, sequence=10**6, rollout="forged", state=DeviceState.REJECTED)
+    refused = msgspec.structs.replace(true, order=forged)
+    assert Targets(table.book).of("pi-1", (), {MODEL: refused}).lacking
+    assert not Targets(table.book).of("pi-1", (), {MODEL: true}).lacking
+
+
 def test_going_back_is_a_new_sequence_of_the_release_before_and_is_trusted_as_it_was():
     table = Table()
     everybody = (Stage(percent=100, bake_s=0),)
