@@ -57,7 +57,7 @@ def demo_recipe(devices: Sequence[str]) -> dict[str, Any]:
         "split": split,
         "families": {"logistic_regression": {}, "extra_trees": {"n_estimators": [100]}},
         "search": {"metric": "f1_macro", "trials": 3, "seconds": 12.0},
-        "report": {"learning_curve": False},
+        "report": {"html": False, "learning_curve": False},
         # The recordings are played in a loop, so that a device repeats itself.
         "checks": {"windows_min": 50, "identical_windows_max": 1_000_000, "rate_tolerance": 0.5},
         "limits": {"latency_ms_p99_max": 50.0},

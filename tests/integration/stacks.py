@@ -127,9 +127,9 @@ class Running:
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
 
-    def end(self) -> int:
+    def end(self, timeout_s: float = ENDS_S) -> int:
         """Wait until it has ended by itself; its exit status."""
-        code = self._process.wait(ENDS_S)
+        code = self._process.wait(timeout_s)
         for reader in self._readers:
             reader.join()
         return code
