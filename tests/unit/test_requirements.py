@@ -125,5 +125,6 @@ def test_a_part_gets_the_same_versions_as_the_whole(extra: str) -> None:
 
 
 def test_a_device_installs_no_database_and_no_learning_library() -> None:
-    heavy = {"boto3", "deltalake", "duckdb", "numpy", "obstore", "pydantic", "scikit-learn", "scipy"}
+    # numpy comes with onnxruntime, and is loaded only where models run (tests/unit/test_models_settings.py).
+    heavy = {"boto3", "deltalake", "duckdb", "obstore", "onnx", "pydantic", "scikit-learn", "scipy", "skl2onnx"}
     assert heavy & set(lock("edge")) == set()
