@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import queue
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -23,13 +25,14 @@ import pyarrow as pa
 from contract import topics
 from contract.messages import Reported, decode
 from contract.models import FINAL_STATES, DeviceState, Manifest, Probe, ReportedModel, ReportedOrder
+from headwater.stack import launch
 from lake.approval import Approver, approve
 from lake.releases import ReleaseEventKind, Releases
 from lake.store import Store, StoreSettings
 from lake.trust.keys import KeyFolder
 from lake.trust.repository import TrustRepository
 from simulators.faults.proxy import FaultProxy
-from tests.integration.agent_bench import AgentProcess, agents
+from tests.integration.agent_bench import ROOT, AgentProcess
 from tests.integration.gateway_parts import GatewayProcess, Lake
 from tests.integration.models_bench import Faults, known_answers, manifest_of, serving
 from tests.integration.servers import MqttClient, free_port, wait_until
@@ -53,7 +56,7 @@ format = "json"
 driver = "callable"
 options = {{ function = "trouble_sensor:read", search_path = "{sensors}" }}
 sampling = {{ mode = "interval", rate_hz = 4 }}
-max_batch_age_s = 1.0
+max_batch_age_s = 2.0
 [models]
 url = "{models}"
 root = "{anchor}"
@@ -156,6 +159,18 @@ class TroubleLake:
         path.write_bytes(b"x" * path.stat().st_size)
 
 
+class BoundAgent(AgentProcess):
+    """An agent that ends with the process that started it: a run that is killed leaves no fifty agents behind."""
+
+    def start(self) -> None:
+        bound = (sys.executable, "-I", "-S", launch.__file__, str(os.getpid()), "0")
+        argv = (*bound, sys.executable, "-m", "edge_agent", "--config", str(self.folder / "agent.toml"))
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                argv, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment
+            )
+
+
 class Told(NamedTuple):
     """A row of `headwater.events` of the kind `model_state`."""
 
@@ -190,7 +205,6 @@ class Fleet:
         self._folder = folder
         (folder / "trouble_sensor.py").write_text(SENSOR)
         self._stack = ExitStack()
-        self._make: Callable[..., AgentProcess]
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="trouble-fleet", daemon=True)
         self._error: BaseException | None = None
@@ -201,7 +215,6 @@ class Fleet:
             for topic in (f"{topics.ROOT}/reported/+", f"{topics.ROOT}/assign/+"):
                 self.client.subscribe(topic)
             stack.enter_context(self.gateway)
-            self._make = stack.enter_context(agents())
             self._thread.start()
             stack.callback(self._thread.join)
             stack.callback(self._stopping.set)
@@ -216,8 +229,16 @@ class Fleet:
         """One more over the same lake and broker."""
         lake = {"url": self.lake.url, "fsync": False}
         key = {"online_key": str(self.lake.online_file), "resign_interval_s": 5.0}
+        # Dozens of streams with a row a second: a commit a second for each is plenty.
         return GatewayProcess(
-            self.lake.folder, self.broker, lake, name=name, models=key, rollouts=QUICK, http={"port": port}
+            self.lake.folder,
+            self.broker,
+            lake,
+            name=name,
+            models=key,
+            rollouts=QUICK,
+            http={"port": port},
+            flush_interval_s=2.0,
         )
 
     # Devices.
@@ -237,7 +258,8 @@ class Fleet:
             folder = self._folder / "agents" / name
             (folder / "clock").mkdir(parents=True)
             path = os.pathsep.join(filter(None, (str(folder / "clock"), os.environ.get("PYTHONPATH", ""))))
-            agent = self._make(folder, self.broker, name, environment={"PYTHONPATH": path})
+            agent = BoundAgent(folder, self.broker, name, environment={"PYTHONPATH": path})
+            self._stack.callback(agent.end)
             (folder / "agent.toml").write_text(
                 CONFIG.format(
                     device=name,
