@@ -38,8 +38,7 @@ rollback                        abort_in_mid_stage, forged_and_…  after an abo
 
 The clock is moved under the whole agent process and its children: Python itself starts with another one (`SHIFTED`).
 
-Mutants tried, each found here: a signature by any key accepted; the number of an order not compared with the latest
-(`forged_and_replayed_orders` twice); what a device refused taken for read, so that the true order never came (the same).
+Mutants tried, each found here: a signature by any key accepted; the number of an order not compared with the latest.
 """
 
 from __future__ import annotations
