@@ -65,6 +65,8 @@ from tests.integration.models_bench import manifest_of, model
 from tests.integration.servers import BrokerServer, wait_until
 from tests.integration.trouble_parts import STATE_S, Fleet, TroubleLake, eventually, kill_at
 
+IN_PARTS = ("10%", "30%", "50%", "75%", "100%")
+"""Every device verifies and probes in processes of its own: forty at once would measure the cores of this machine."""
 YEARS_S = 10 * 366 * 86_400
 ABORTED, SUCCEEDED, ROLLED_BACK = "aborted", "succeeded", "rolled_back"
 OLD, NEW = model(), model(threshold=1.0)
@@ -448,18 +450,18 @@ def test_fifty_devices_get_a_release_though_the_gateway_is_killed_in_every_stage
     """The last one: beside what the other tests left on them, every device commits a second model."""
     missing = 50 - len(fleet.agents)
     if missing > 0:
-        begin(fleet, "others", missing)
+        begin(fleet, "others", missing, stages=IN_PARTS)
     names = list(fleet.agents)
     assert len(names) == 50
     fleet.all_known(names)
     common = fleet.lake.release("common", OLD, limits=GENEROUS)
-    rollout = fleet.roll_out(common, "everybody", stages=["10%", "40%", "100%"])
-    for stage in (1, 2, 3):
+    rollout = fleet.roll_out(common, "everybody", stages=list(IN_PARTS))
+    for stage in range(1, len(IN_PARTS) + 1):
         eventually(lambda stage=stage: fleet.rollout(rollout).get("stage", 0) >= stage, f"stage {stage}")
         fleet.gateway.kill()
         fleet.gateway.start()
     fleet.wait_rollout(rollout, SUCCEEDED)
-    assert_made_once(fleet, rollout, names, stages=3, model="common")
+    assert_made_once(fleet, rollout, names, stages=len(IN_PARTS), model="common")
     fleet.answer("common", 1, names)
     for group, members in fleet.groups.items():
         active = {fleet.reported[name].models[group].active for name in members}
