@@ -4,7 +4,8 @@ and can be told to end with a status.
 
 Where an orchestrator cannot be downloaded its test is skipped, with the reason.
 
-Mutants tried, of the CI script: another status tried again; no bound on tries.
+Mutants tried, of the CI script: another status tried again; no bound on tries; no look for a rollout that was started;
+a dataset made anew for the release.
 """
 
 from __future__ import annotations
@@ -267,7 +268,7 @@ if sys.argv[2] == "training":
         m.metadata["skipped"].value for m in (e.step_materialization_data.materialization for e in done.all_events
         if e.event_type_value == "ASSET_MATERIALIZATION")
     ]
-    found["errors"] = [e.event_specific_data.error.to_string()[-1500:] for e in done.all_events
+    found["errors"] = [e.event_specific_data.error.to_string()[:2000] for e in done.all_events
                        if e.event_type_value == "STEP_FAILURE"]
 else:
     with dg.build_sensor_context(instance=instance) as context:
