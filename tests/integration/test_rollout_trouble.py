@@ -38,7 +38,8 @@ rollback                        abort_in_mid_stage, forged_and_…  after an abo
 
 The clock is moved under the whole agent process and its children: Python itself starts with another one (`SHIFTED`).
 
-Mutants tried, each found here: a signature by any key accepted; the number of an order not compared with the latest.
+Mutants tried, each found here: a signature by any key accepted; the number of an order not compared with the latest;
+an abort that failures do not lead to.
 """
 
 from __future__ import annotations
