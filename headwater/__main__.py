@@ -1,6 +1,6 @@
 """`python -m headwater` is the command `headwater`."""
 
-from headwater.cli import main
+from headwater.cli import console
 
 if __name__ == "__main__":
-    main()
+    console()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,3 +18,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run(arguments)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
+
+
+def console() -> None:
+    """`main` as a process of its own: what it has to say is out, and then the process ends at once.
+
+    Taking the interpreter apart is left out. Arrow's threads may still hold deltalake's Python file system then, which
+    aborts a process that has done all it should with status 134.
+    """
+    try:
+        main()
+        status: object = 0
+    except SystemExit as end:
+        status = end.code
+    if isinstance(status, str):
+        sys.stderr.write(f"{status}\n")
+        status = 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            status = status or 1  # whoever was to read it has gone
+    os._exit(status if isinstance(status, int) else 0)
