@@ -31,9 +31,9 @@ test-slow: $(STAMP)  ## the tests that need minutes
 	.ci/need mosquitto
 	$(BIN)/pytest -m slow $(ARGS)
 
-chaos: $(STAMP)  ## minutes of kills, freezes and store trouble, with real processes; ARGS="--seed N" for another schedule
+chaos: $(STAMP)  ## half an hour of kills, freezes, store trouble and bad releases, with real processes; ARGS="--seed N" for another schedule
 	.ci/need mosquitto
-	$(BIN)/pytest -m slow tests/integration/test_kill.py tests/integration/test_store_trouble.py $(ARGS)
+	$(BIN)/pytest -m slow tests/integration/test_kill.py tests/integration/test_store_trouble.py tests/integration/test_rollout_trouble.py $(ARGS)
 
 world: $(STAMP)  ## two million steps of the protocol's model; ARGS="--first N --seeds M" for others
 	$(BIN)/python -m tests.simulation.world $(ARGS)
