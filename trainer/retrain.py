@@ -98,13 +98,15 @@ class Claim:
         self._thread.join()
 
     def check(self) -> None:
-        """Before anything that others see.
+        """Before anything that others see: renews, for the machine may have stood still since the thread did.
 
         Raises:
             ClaimLost: somebody else has it.
+            TemporaryError: the lake did not answer.
         """
         if self.lost:
             raise ClaimLost(self.lost)
+        self._tables().renew(self._trigger.name, self._lease_s)
 
     def _run(self) -> None:
         table = self._tables()

@@ -22,7 +22,7 @@ from contract.errors import HeadwaterError, TemporaryError
 from gateway.rollouts.actions import Person, create, name_of
 from gateway.rollouts.ordering import specified
 from headwater import itself, toml
-from headwater.learning.recipe import MODEL, demo_recipe, turned
+from headwater.learning.recipe import MODEL, ROWS_PER_DEVICE, demo_recipe, turned
 from headwater.up import Stack
 from lake.monitoring import alerts, triggers
 from lake.monitoring.ledger import rows_of
@@ -36,6 +36,7 @@ from lake.tables import ControlTable
 WHO = "headwater demo"
 RECORDING_S = 270.0
 """The longest recording, as it was recorded; each device shall have played all of it once."""
+WATCH_RATE_HZ = 50.0
 LOOK_S = 1.0
 TRAIN_S_MAX = 150.0
 ROLLOUT_S_MAX = 120.0
@@ -123,9 +124,8 @@ class Road:
         self._say("models: training")
         self._train(recipe)
         self._roll_out()
-        self._stack.start_trainer(recipe)
         self._pause(WATCH_S)
-        self._change_a_device()
+        self._change_a_device(recipe)
 
     # Train.
 
@@ -188,7 +188,7 @@ class Road:
 
     # Drift.
 
-    def _change_a_device(self) -> None:
+    def _change_a_device(self, recipe: Path) -> None:
         device = self._stack.devices[0]
         self._say(f"models: {device.name} is worn turned by 90 degrees from now on")
         changed = turned(device, self._stack.options.data / "recordings")
@@ -201,6 +201,9 @@ class Road:
         passed_s = round(time.monotonic() - began_s, 1)
         self.turned = msgspec.structs.replace(self.turned, detected_after_s=passed_s, alert=text)
         self._say(f"models: drift noticed after {passed_s:g} s: {text}")
+        # Learning begins when all that it takes of this device was measured since the turn.
+        self._pause(max(0.0, ROWS_PER_DEVICE / (WATCH_RATE_HZ * self._stack.options.speed) - passed_s))
+        self._stack.start_trainer(recipe)
         version = self._wait(lambda: self._learned(began_us), LEARN_S_MAX, "learning again; see the trainer's log")
         self.turned = msgspec.structs.replace(self.turned, retrained=True)
         self._say(f"models: {MODEL}@{version} was learned, and goes to the devices")

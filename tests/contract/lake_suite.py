@@ -400,4 +400,5 @@ class StoreSuite:
     def test_a_probe_leaves_nothing_behind(self, store: Store) -> None:
         store.probe()
         assert list(store.objects("")) == []
-        assert store.folders("control") == []
+        if store.url.startswith("file:"):  # an object store has no folders; SeaweedFS shows those that it once had
+            assert store.folders("control") == []

@@ -390,10 +390,9 @@ def test_kills_at_any_time_end_in_a_commit_with_no_row_lost_or_doubled(device_of
     order = device.order(second)
     for delay_s in (0.3, 0.6, 0.9, 1.2, 1.5):
         time.sleep(delay_s)
-        if device.told().order.sequence == order.sequence and device.told().order.state in (
-            DeviceState.SHADOW,
-            DeviceState.TRIAL,
-        ):
+        told = device.told()
+        state = told.order.state if told and told.order and told.order.sequence == order.sequence else None
+        if state in (DeviceState.SHADOW, DeviceState.TRIAL):
             break  # two deaths from here on would deny it, as they should
         device.agent.kill()
         device.agent.start()

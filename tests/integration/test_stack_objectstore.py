@@ -157,6 +157,6 @@ def test_a_stop_that_has_to_kill_leaves_no_socket_of_its_own_behind(tmp_path: Pa
     with Servers(tmp_path) as servers:
         store = servers.seaweed()
         ports = PortBook(tmp_path / "ports.json").read()
-        assert len(sockets(ports)) == 5
+        wait_until(lambda: len(sockets(ports)) == 5, 30.0, "all parts of the store listen")
         os.kill(store.pid, signal.SIGSTOP)
     assert sockets(ports) == []
