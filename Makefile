@@ -1,5 +1,5 @@
 # Every target is a few lines that a person could type. On a fresh machine `make demo` and `make test` need Python 3.11,
-# git and make; the first call installs the locked packages into .venv (about 350 MB of downloads, 1.2 GB on disk).
+# git and make; the first call installs the locked packages into .venv (1.5 GB on disk).
 # ARGS goes through: make test ARGS="-k world --seed 42", make demo ARGS="--seconds 20".
 
 SHELL  := /bin/bash
