@@ -204,6 +204,8 @@ class HttpApi:
         text = request.query.get("limit", str(PAGE_DEFAULT))
         if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= PAGE_MAX):
             return error(400, "bad_limit", f"limit = {text[:40]!r}", f"give a number of 1 to {PAGE_MAX}")
+        if not self._views.registry.loaded:
+            return _not_read()
         limit = int(text)
         # One more than asked for tells whether there is another page.
         found = self._views.registry.devices(request.query.get("after", ""), limit + 1)
@@ -213,6 +215,8 @@ class HttpApi:
 
     async def _device(self, request: web.Request) -> web.Response:
         name = request.match_info["device"]
+        if not self._views.registry.loaded:
+            return _not_read()
         device = self._views.registry.device(name)
         if device is None:
             return error(
@@ -271,6 +275,16 @@ class HttpApi:
         note = REPORTS if device is not None and device.reported is not None else AWAITED
         content = {"device": name, "revision": desired.revision, "streams": desired.streams, "note": note}
         return answer(content, 202)
+
+
+def _not_read() -> web.Response:
+    """What was heard of a device so far is half of what is known of it, and a device not heard yet is not unknown."""
+    return error(
+        503,
+        "register_not_read",
+        "this gateway has not read control/devices yet",
+        "try again in a moment; if it lasts, GET /readyz tells what the lake answers",
+    )
 
 
 def _condition(troubles: Sequence[Trouble], good: str, bad: str) -> web.Response:

@@ -108,6 +108,7 @@ class GatewayProcess:
 
     def wait_ready(self) -> None:
         wait_until(lambda: self.get("/readyz")[0] == 200, PATIENCE_S, f"ready: {self.get('/readyz')}")
+        wait_until(lambda: self.get("/v1/devices?limit=1")[0] == 200, PATIENCE_S, "the register is read")
 
     @property
     def pid(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import msgspec
 import pytest
+from paho.mqtt.client import MQTTMessage
 from securesystemslib.dsse import Envelope
 
 from contract import topics
@@ -45,7 +46,7 @@ class Fleet:
         self.devices = {device.name: device for device in devices}
         self.hold = threading.Event()
         """While set, devices read orders but go no further."""
-        self._key, self._pace_s = key, pace_s
+        self._broker, self._key, self._pace_s = broker, key, pace_s
         self._lock = threading.Lock()
         self._client = MqttClient(broker, f"fleet-{next(iter(self.devices))}")
         self._stopping = threading.Event()
@@ -102,18 +103,38 @@ class Fleet:
             self._error = error
             raise
 
+    def wait_retained(self, names: Iterable[str], version: int) -> None:
+        """Wait until the broker would give each of these devices an order for this version and for no other."""
+        wanted = {name: {version} for name in names}
+        found: dict[str, set[int]] = {}
+
+        def reached() -> bool:
+            while not watcher.messages.empty():
+                name, orders = self._opened(watcher.messages.get())
+                found[name] = {order.version for order in orders}
+            return found == wanted
+
+        with MqttClient(self._broker, f"watch-{next(iter(self.devices))}") as watcher:
+            for name in wanted:
+                watcher.subscribe(topics.assign(name))
+            wait_until(reached, PATIENCE_S, f"orders for version {version} are retained")
+
     def _listen(self) -> set[str]:
         heard = set()
         while not self._client.messages.empty():
-            message = self._client.messages.get()
-            name = message.topic.rpartition("/")[2]
-            for envelope in decode(message.payload, Assignments).envelopes:
-                opened = Envelope.from_dict(dict(envelope))
-                opened.verify([self._key], 1)
-                assert opened.payload_type == ASSIGNMENT_TYPE
-                if self.devices[name].receive(msgspec.json.decode(opened.payload, type=Assignment)):
-                    heard.add(name)
+            name, orders = self._opened(self._client.messages.get())
+            heard |= {name for order in orders if self.devices[name].receive(order)}
         return heard
+
+    def _opened(self, message: MQTTMessage) -> tuple[str, list[Assignment]]:
+        """Whom a document is for, and its orders, each with a signature that holds."""
+        orders = []
+        for envelope in decode(message.payload, Assignments).envelopes:
+            opened = Envelope.from_dict(dict(envelope))
+            opened.verify([self._key], 1)
+            assert opened.payload_type == ASSIGNMENT_TYPE
+            orders.append(msgspec.json.decode(opened.payload, type=Assignment))
+        return message.topic.rpartition("/")[2], orders
 
     def _report(self, name: str) -> None:
         # Without waiting for the broker: fifty devices report eight states each.

@@ -36,9 +36,10 @@ def logs():
 class Api:
     """The API over a real register, with conditions to set."""
 
-    def __init__(self, tmp_path, settings: HttpSettings | None = None) -> None:
+    def __init__(self, tmp_path, settings: HttpSettings | None = None, *, read: bool = True) -> None:
         self.bench = Bench(tmp_path)
-        self.bench.registry.refresh()
+        if read:
+            self.bench.registry.refresh()
         self.sick: list[Trouble] = []
         self.unready: list[Trouble] = []
         self.streams: Any = lambda: [StreamView(STREAM, 2, 3_000, True, 0, "", 0, 1_700_000_000_000_000, 500)]
@@ -136,6 +137,19 @@ async def test_a_device_is_shown_with_all_that_is_known_of_it(tmp_path):
     assert found["reported"]["streams"][STREAM]["readings"] == 1
     assert found["desired"] is None
     assert found["watermarks"] == [{"stream": STREAM, "epoch": EPOCH, "seq": 7}]
+
+
+async def test_devices_are_not_shown_by_half_before_the_table_was_read(tmp_path):
+    before = Api(tmp_path)
+    before.bench.hears("pi-1", online=False)
+    before.bench.registry.write()
+    api = Api(tmp_path, read=False)
+    for path in ("/v1/devices", "/v1/devices/pi-1", "/v1/devices/pi-2"):
+        status, found = await api.ask("GET", path)
+        assert (status, found["error"]["code"]) == (503, "register_not_read")
+    api.bench.registry.refresh()
+    assert (await api.ask("GET", "/v1/devices/pi-1"))[1]["online"] is False
+    assert (await api.ask("GET", "/v1/devices/pi-2"))[0] == 404
 
 
 async def test_devices_come_in_pages(tmp_path):
