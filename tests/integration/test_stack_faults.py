@@ -203,7 +203,8 @@ def test_one_bit_is_flipped_where_it_was_asked(proxy: FaultProxy) -> None:
 
 
 def test_nobody_behind_the_proxy_looks_like_a_broken_connection() -> None:
-    with FaultProxy(free_port()) as proxy, dial(proxy) as connection, pytest.raises(ConnectionResetError):
+    # The reset may be there before `connect` has returned.
+    with FaultProxy(free_port()) as proxy, pytest.raises(ConnectionResetError), dial(proxy) as connection:
         connection.recv(1)
 
 
