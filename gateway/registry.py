@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import pyarrow as pa
@@ -39,11 +39,11 @@ from gateway.metrics import GatewayMetrics
 from gateway.settings import RegistrySettings
 from gateway.watch import LakeHealth, WatchedThread
 from lake.errors import CommitConflictError
+from lake.ledger import TIMESTAMP, Table
 
 _log = structlog.get_logger()
 
 PATH = "control/devices"
-TIMESTAMP = pa.timestamp("us", tz="UTC")
 SCHEMA = pa.schema(
     [
         pa.field("at", TIMESTAMP),
@@ -76,23 +76,6 @@ class Refused(HeadwaterError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
-
-
-class Table(Protocol):
-    """The table `control/devices` (see `lake.tables.ControlTable`). Not thread-safe."""
-
-    @property
-    def version(self) -> int:
-        """Number of the last check-and-set as of the last refresh."""
-
-    def refresh(self) -> None:
-        """See the latest commit."""
-
-    def read(self) -> pa.Table:
-        """All rows as of the last refresh."""
-
-    def append(self, rows: pa.Table, *, expected: int | None = None) -> None:
-        """Commit rows; refused when `expected` is given and is not the version any more."""
 
 
 class Registry:

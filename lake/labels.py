@@ -19,7 +19,7 @@ import pyarrow.parquet
 from contract.errors import ConfigurationError
 from contract.names import is_name
 from lake.delta import wall_clock_ms
-from lake.monitoring.ledger import TIMESTAMP, Ledger, Row
+from lake.ledger import TIMESTAMP, Ledger, Row
 from lake.store import Store
 from lake.tables import ControlTable
 

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import msgspec
 import pyarrow as pa
 
 from contract.errors import HeadwaterError
-from lake.errors import CommitConflictError
+from lake.ledger import TIMESTAMP, Ledger, Row, Table
 from lake.rollout_spec import Spec
 
 PATH = "control/rollouts"
-TIMESTAMP = pa.timestamp("us", tz="UTC")
 SCHEMA = pa.schema(
     [
         pa.field("at", TIMESTAMP),
@@ -37,7 +36,6 @@ SCHEMA = pa.schema(
         pa.field("detail", pa.string()),
     ]
 )
-ATTEMPTS_MAX = 8
 TEXT_MAX = 2_000
 """Characters of `why`."""
 
@@ -285,23 +283,6 @@ def _created(event: RolloutEvent) -> Rollout | None:
     )
 
 
-class Table(Protocol):
-    """The table under it (see `lake.tables.ControlTable`). Not thread-safe."""
-
-    @property
-    def version(self) -> int:
-        """Number of the last check-and-set as of the last refresh."""
-
-    def refresh(self) -> None:
-        """See the latest commit."""
-
-    def read(self) -> pa.Table:
-        """All rows as of the last refresh."""
-
-    def append(self, rows: pa.Table, *, expected: int | None = None) -> None:
-        """Commit rows; refused when `expected` is given and is not the version any more."""
-
-
 class RolloutTable:
     """Looks at the rollouts, and adds to them. Not thread-safe.
 
@@ -311,7 +292,7 @@ class RolloutTable:
     """
 
     def __init__(self, open_table: Callable[[], Table], on_conflict: Callable[[], None] = lambda: None) -> None:
-        self._open_table, self._on_conflict = open_table, on_conflict
+        self._ledger = Ledger(open_table, SCHEMA, on_conflict)
         self._book = RolloutBook()
 
     def look(self) -> RolloutBook:
@@ -320,11 +301,7 @@ class RolloutTable:
         Raises:
             StoreUnavailableError: the store did not answer.
         """
-        table = self._open_table()
-        table.refresh()
-        if table.version != self._book.version:
-            self._book = fold(events_of(table.read()), table.version)
-        return self._book
+        return self._folded(self._ledger.look())
 
     def history(self) -> list[RolloutEvent]:
         """Every row, the oldest first.
@@ -332,9 +309,7 @@ class RolloutTable:
         Raises:
             StoreUnavailableError: the store did not answer.
         """
-        table = self._open_table()
-        table.refresh()
-        return sorted(events_of(table.read()), key=lambda event: (event.sequence, event.place))
+        return sorted(events_of(self._ledger.look()), key=lambda event: (event.sequence, event.place))
 
     def act(self, decide: Callable[[RolloutBook], Sequence[RolloutEvent]]) -> RolloutBook:
         """Look, decide, commit; where somebody else was first, look and decide again.
@@ -346,46 +321,41 @@ class RolloutTable:
             The rollouts with what was added.
 
         Raises:
-            CommitConflictError: others were first `ATTEMPTS_MAX` times.
+            CommitConflictError: others were first `lake.ledger.ATTEMPTS_MAX` times.
             StoreUnavailableError: the store did not answer; whether the rows are in is not known: look.
         """
-        for attempt in range(1, ATTEMPTS_MAX + 1):
-            book = self.look()
-            events = decide(book)
-            if not events:
-                return book
-            try:
-                self._open_table().append(table_of(numbered(events, book.version)), expected=book.version)
-                break
-            except CommitConflictError:
-                self._on_conflict()
-                if attempt == ATTEMPTS_MAX:
-                    raise
-        return self.look()
+        added = self._ledger.act(lambda rows: rows_of(decide(self._folded(rows))))
+        return self.look() if added else self._book
+
+    def _folded(self, rows: Iterable[Row]) -> RolloutBook:
+        if self._ledger.version != self._book.version:
+            self._book = fold(events_of(rows), self._ledger.version)
+        return self._book
 
 
-def numbered(events: Sequence[RolloutEvent], version: int) -> list[RolloutEvent]:
-    """Events as they stand in the table when they are committed on top of `version`."""
-    return [event._replace(sequence=version + 1, place=place) for place, event in enumerate(events)]
+def rows_of(events: Iterable[RolloutEvent]) -> list[Row]:
+    """Events of one commit as rows of the table, without `sequence`."""
+    return [
+        {
+            "at": event.at_us,
+            "rollout": event.rollout,
+            "model": event.model,
+            "place": place,
+            "who": event.who,
+            "event": str(event.event),
+            "why": event.why,
+            "detail": event.detail,
+        }
+        for place, event in enumerate(events)
+    ]
 
 
-def table_of(events: Iterable[RolloutEvent]) -> pa.Table:
-    """Rows for the table."""
-    rows = [event._asdict() for event in events]
-    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in SCHEMA.names if name != "at"}
-    columns["at"] = pa.array([row["at_us"] for row in rows], pa.int64()).view(TIMESTAMP)
-    columns["event"] = [str(event) for event in columns["event"]]
-    return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
-
-
-def events_of(rows: pa.Table) -> list[RolloutEvent]:
+def events_of(rows: Iterable[Row]) -> list[RolloutEvent]:
     """Rows of the table; those that a newer release wrote and this one does not know are left out."""
-    at = rows.column("at").combine_chunks().view(pa.int64()).to_pylist()
-    others = rows.drop_columns(["at"]).to_pylist()
     known = {kind.value: kind for kind in EventKind}
     return [
         RolloutEvent(
-            at_us=at_us or 0,
+            at_us=row["at"] or 0,
             rollout=row["rollout"],
             model=row["model"] or "",
             who=row["who"] or "",
@@ -395,6 +365,6 @@ def events_of(rows: pa.Table) -> list[RolloutEvent]:
             sequence=row["sequence"],
             place=row["place"] or 0,
         )
-        for at_us, row in zip(at, others, strict=True)
+        for row in rows
         if row["event"] in known and row["rollout"] and row["sequence"]
     ]

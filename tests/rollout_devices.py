@@ -7,7 +7,7 @@ behind a real broker.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from contract.messages import Reported
@@ -23,6 +23,7 @@ from contract.models import (
     Window,
 )
 from lake.rollout_spec import Guard, Spec, Stage
+from lake.rollouts import RolloutEvent
 
 MODEL = "wear"
 WALK = (
@@ -57,6 +58,11 @@ def spec(version: int = 2, *, stages: tuple[Stage, ...] = (), **changes: Any) ->
             for percent in (10, 50, 100)
         )
     return Spec(model=changes.pop("model", MODEL), version=version, sha256=sha_of(version), stages=stages, **changes)
+
+
+def numbered(events: Sequence[RolloutEvent], version: int) -> list[RolloutEvent]:
+    """Events as they stand in the table when they are committed on top of `version`."""
+    return [event._replace(sequence=version + 1, place=place) for place, event in enumerate(events)]
 
 
 class SimulatedDevice:

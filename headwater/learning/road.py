@@ -24,8 +24,8 @@ from gateway.rollouts.ordering import specified
 from headwater import itself, toml
 from headwater.learning.recipe import MODEL, ROWS_PER_DEVICE, demo_recipe, turned
 from headwater.up import Stack
+from lake.ledger import rows_of
 from lake.monitoring import alerts, triggers
-from lake.monitoring.ledger import rows_of
 from lake.releases import Releases
 from lake.rollouts import PATH as ROLLOUTS_PATH
 from lake.rollouts import SCHEMA as ROLLOUTS_SCHEMA

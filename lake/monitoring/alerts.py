@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from lake.ledger import TIMESTAMP, Ledger, Row, Table
 from lake.monitoring.accuracy import Accuracy
-from lake.monitoring.ledger import TIMESTAMP, Ledger, Row, Table
 from lake.monitoring.observe import Figures
 
 PATH = "control/alerts"

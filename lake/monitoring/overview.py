@@ -11,12 +11,12 @@ from contract.errors import HeadwaterError
 from contract.messages import Reported
 from lake.catalog import Catalog
 from lake.errors import UnknownStreamError
+from lake.ledger import Ledger
 from lake.monitoring.accuracy import Accuracy, measure, read_labels, read_predictions
 from lake.monitoring.alerts import PATH as ALERTS_PATH
 from lake.monitoring.alerts import SCHEMA as ALERTS_SCHEMA
 from lake.monitoring.alerts import Alert, fold
 from lake.monitoring.feed import parse, with_all_columns
-from lake.monitoring.ledger import Ledger
 from lake.monitoring.observe import Bounds, Figures, Observer
 from lake.monitoring.performance import Performance, latest_query, performance
 from lake.monitoring.watch import References, stored_baseline

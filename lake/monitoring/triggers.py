@@ -20,7 +20,7 @@ import msgspec
 import pyarrow as pa
 
 from contract.errors import HeadwaterError
-from lake.monitoring.ledger import TIMESTAMP, Ledger, Row, Table
+from lake.ledger import TIMESTAMP, Ledger, Row, Table
 
 PATH = "control/triggers"
 SCHEMA = pa.schema(

@@ -17,6 +17,7 @@ from gateway.rollouts.controller import views
 from gateway.rollouts.publisher import Publisher
 from gateway.rollouts.targets import Targets
 from lake.errors import CommitConflictError
+from lake.ledger import rows_of
 from lake.rollout_spec import Guard, Selection, Spec, Stage
 from lake.rollouts import (
     ACTIVE,
@@ -332,7 +333,7 @@ class World:
 
     @property
     def events(self) -> list[RolloutEvent]:
-        return events_of(pa.concat_tables([SCHEMA.empty_table(), *self.commits]))
+        return events_of(rows_of(pa.concat_tables([SCHEMA.empty_table(), *self.commits])))
 
     @property
     def book(self) -> RolloutBook:

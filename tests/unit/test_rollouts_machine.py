@@ -22,8 +22,8 @@ from gateway.rollouts.machine import decide, survey
 from gateway.rollouts.selection import POINTS, is_target, point, stage_of
 from gateway.rollouts.targets import Targets
 from lake.rollout_spec import STAGES_MAX, Guard, Selection, Stage, check_spec
-from lake.rollouts import EventKind, RolloutBook, RolloutEvent, RolloutRefused, RolloutState, fold, numbered
-from tests.rollout_devices import MODEL, sha_of, spec
+from lake.rollouts import EventKind, RolloutBook, RolloutEvent, RolloutRefused, RolloutState, fold
+from tests.rollout_devices import MODEL, numbered, sha_of, spec
 
 S = 1_000_000
 ADA = Person("ada", "a test", 1 * S)

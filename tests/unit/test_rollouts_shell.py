@@ -9,7 +9,6 @@ never signed anew.
 from __future__ import annotations
 
 import msgspec
-import pyarrow as pa
 import pytest
 from structlog.testing import capture_logs
 
@@ -28,6 +27,7 @@ from gateway.rollouts.targets import Targets
 from gateway.settings import RolloutSettings
 from gateway.watch import LakeHealth
 from lake.errors import CommitConflictError, StoreUnavailableError
+from lake.ledger import table_of
 from lake.releases import ReleaseRefused, Releases
 from lake.rollout_spec import Stage
 from lake.rollouts import (
@@ -39,14 +39,13 @@ from lake.rollouts import (
     RolloutState,
     RolloutTable,
     fold,
-    numbered,
-    table_of,
+    rows_of,
 )
 from lake.store import Store, StoreSettings
 from lake.tables import ControlTable
 from lake.trust.keys import generate_key, write_key
 from tests.integration.release_parts import release, retire
-from tests.rollout_devices import MODEL, SimulatedDevice, manifest_of, spec
+from tests.rollout_devices import MODEL, SimulatedDevice, manifest_of, numbered, spec
 from tests.unit.gateway_parts import Clocks, fresh_metrics, value
 
 ADA = Person("ada", "a test", 1_000)
@@ -154,9 +153,9 @@ def test_rows_that_fit_nothing_change_nothing(tmp_path):
     assert [rollout.state for rollout in book.rollouts.values()] == [RolloutState.RUNNING]
     handle = ControlTable(store_in(tmp_path), PATH, SCHEMA)
     handle.refresh()
-    unknown = table_of(numbered(events, 0)).to_pylist()
+    unknown = [{**row, "sequence": 1} for row in rows_of(events)]
     unknown[1]["event"] = "danced"
-    handle.append(pa.Table.from_pylist(unknown, schema=SCHEMA), expected=0)
+    handle.append(table_of(unknown, SCHEMA), expected=0)
     assert table_in(tmp_path).look().get("r").state is RolloutState.DRAFT
 
 

@@ -47,6 +47,11 @@ class Ledger:
         self._open_table, self._schema, self._on_conflict = open_table, schema, on_conflict
         self._seen: tuple[int, list[Row]] = (0, [])
 
+    @property
+    def version(self) -> int:
+        """Number of the last check-and-set as of the last look; inside `act`, of what `decide` is given."""
+        return self._seen[0]
+
     def look(self) -> list[Row]:
         """All rows as of now, in the order of their commits.
 
@@ -57,7 +62,7 @@ class Ledger:
 
     def _look(self, table: Table) -> list[Row]:
         table.refresh()
-        if table.version != self._seen[0]:
+        if table.version != self.version:
             self._seen = table.version, rows_of(table.read())
         return self._seen[1]
 
@@ -78,7 +83,7 @@ class Ledger:
             # One handle for looking and committing: it is what makes the check a check.
             table = self._open_table()
             rows = self._look(table)
-            version = self._seen[0]
+            version = self.version
             added: list[Row] = [{**row, "sequence": version + 1} for row in decide(rows)]
             if not added:
                 return []
