@@ -22,7 +22,7 @@ demo: $(STAMP)  ## the whole road on this machine, on real recordings, then a re
 
 test: $(STAMP) lint  ## everything that must hold before a change lands
 	.ci/need mosquitto
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: $(STAMP)  ## the tests without servers and processes
 	$(BIN)/pytest -m "not slow" tests/unit tests/contract $(ARGS)

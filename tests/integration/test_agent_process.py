@@ -179,6 +179,8 @@ def test_desired_configuration_is_applied_kept_across_restarts_and_refused_whole
         assert last.refused is not None
         assert "rate_hz = 1000000000 is outside" in last.refused.reason
 
+        # Events wait for their batch in memory; what a kill may take is not the point here.
+        wait_until(lambda: gateway.events("config_applied"), PATIENCE_S, "told as an event")
         # The broker has the bad document only; what is in force comes from the device's own disk.
         agent.kill()
         gateway.reports.clear()
