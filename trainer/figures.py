@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn import metrics
 
+from lake.monitoring.drift import BINS, psi_of
 from trainer.families import labels_of
 
 Float32s = npt.NDArray[np.float32]
@@ -237,14 +238,18 @@ def rolling_z(windows: Float32s, stride: int) -> Float32s:
     return np.asarray(np.nan_to_num(found, nan=0.0, posinf=0.0), dtype=np.float32)
 
 
-def population_stability(expected: Float64s, found: Float64s, bins: int = 10) -> float:
-    """Population stability index of a feature between two sets of windows, by the deciles of the first."""
-    edges = np.unique(np.quantile(expected, np.linspace(0, 1, bins + 1)[1:-1]))
-    shares = []
-    for values in (expected, found):
-        counts = np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1)
-        shares.append(np.maximum(counts / max(1, len(values)), 1e-4))
-    return float(np.sum((shares[1] - shares[0]) * np.log(shares[1] / shares[0])))
+def population_stability(expected: Float64s, found: Float64s) -> float:
+    """Population stability index of a feature between two sets of windows, as monitoring reckons it.
+
+    Args:
+        expected: `[N]`, in any order; its deciles are the bins.
+        found: `[M]`, M above 0.
+    """
+    ordered = np.sort(expected)
+    edges = np.quantile(ordered, np.arange(1, BINS) / BINS)
+    upto = np.searchsorted(ordered, edges, side="right")
+    shares = np.diff(upto, prepend=0, append=len(ordered)) / len(ordered)
+    return psi_of(np.sort(found), edges, shares)
 
 
 def _ranking(measure: Any, truth: Bools, scores: Float64s) -> float | None:
