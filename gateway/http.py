@@ -42,6 +42,8 @@ PAGE_MAX, PAGE_DEFAULT = 10_000, 1_000
 REPORTS = "committed and being published; see the device's reported for its revision, or refused"
 AWAITED = "committed; this gateway has no report of the device, and only the device can judge it: it waits there"
 INFERENCE_PREFIX = "/v2"
+CLIENT_GONE = 499
+"""For the count alone: the client hung up before it had the answer (nginx's number for it)."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -176,6 +178,8 @@ class HttpApi:
                     f"the request's body did not come within {READ_TIMEOUT_S:g} s",
                     "send it again",
                 )
+            except ConnectionError:
+                response = web.Response(status=CLIENT_GONE)
             except Exception as fault:  # noqa: BLE001 - a bug that one request finds must not look like a dead gateway
                 self._metrics.faults.labels("http").inc()
                 _log.error("http_fault", route=route, exc_info=fault)

@@ -139,6 +139,20 @@ async def test_a_device_is_shown_with_all_that_is_known_of_it(tmp_path):
     assert found["watermarks"] == [{"stream": STREAM, "epoch": EPOCH, "seq": 7}]
 
 
+async def test_a_client_that_hangs_up_is_no_fault_of_the_gateway(tmp_path, logs):
+    api = Api(tmp_path)
+
+    def gone():
+        raise ConnectionResetError("Cannot write to closing transport")
+
+    api.streams = gone
+    async with api.client() as client:
+        await client.get("/v1/streams")
+    assert value(api.metrics, "http_requests_total", route="/v1/streams", status="499") == 1
+    assert value(api.metrics, "faults_total", where="http") == 0
+    assert logs == []
+
+
 async def test_devices_are_not_shown_by_half_before_the_table_was_read(tmp_path):
     before = Api(tmp_path)
     before.bench.hears("pi-1", online=False)
