@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lake.trust.keys import generate_key
 from tests.integration.agent_bench import AgentProcess, FakeGateway, agents
 from tests.integration.models_bench import Faults, House, manifest_of, model, serving
 from tests.integration.servers import PATIENCE_S, BrokerServer, wait_until
+from tests.integration.test_models_endpoint import UnixConnection
 
 STATE_S = 90.0
 """For a state to be reached: it takes up to two child processes, each of which imports for seconds where much runs."""
@@ -37,6 +39,8 @@ read_timeout_s = 5.0
 probe_timeout_s = 5.0
 features_every = 2
 FACTORY
+[models.endpoint]
+listen = "unix:SOCKET"
 [clock]
 assume_synced = true
 [uplink]
@@ -59,6 +63,7 @@ class Device:
 
     def __init__(self, gateway: FakeGateway, agent: AgentProcess, house: House, faults: Faults) -> None:
         self.gateway, self.agent, self.house, self.faults = gateway, agent, house, faults
+        self.endpoint = agent.folder.parent / f"{gateway.device}.sock"
         self.envelopes: dict[str, dict[str, Any]] = {}
 
     def order(self, manifest: Manifest | None, *, key: Any = None, **changes: Any) -> Assignment:
@@ -93,6 +98,19 @@ class Device:
         before = len(self.predictions(release, name))
         wait_until(lambda: len(self.predictions(release, name)) >= before + 2, PATIENCE_S, f"release {release} answers")
 
+    def ask(self, method: str, path: str, body: str | None = None) -> tuple[int, Any]:
+        """The device's own endpoint."""
+        with closing(UnixConnection(str(self.endpoint))) as connection:
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read() or "null")
+
+    def listens(self) -> bool:
+        with suppress(OSError), closing(UnixConnection(str(self.endpoint))) as connection:
+            connection.connect()
+            return True
+        return False
+
     def states(self, sequence: int) -> list[str]:
         details = [each["detail"] for each in self.gateway.events("model_state")]
         return [each["state"] for each in details if each.get("sequence") == sequence]
@@ -109,6 +127,7 @@ def device_of(tmp_path: Path, mosquitto: BrokerServer) -> Iterator[Callable[...,
             gateway = stack.enter_context(FakeGateway(mosquitto.url, name))
             config = CONFIG.replace("HERE", str(tmp_path)).replace("URL", url).replace("ROOT", str(house.anchor))
             config = config.replace("FACTORY", f'factory = "{factory}"' if factory else "")
+            config = config.replace("SOCKET", str(tmp_path / f"{name}.sock"))
             agent = make(tmp_path / name, mosquitto.url, name, config)
             settings = agent.folder / "agent.toml"
             settings.write_text('tags = ["bench"]\n' + settings.read_text())
@@ -122,6 +141,7 @@ def test_a_release_is_tried_committed_and_its_successor_goes_through_the_shadow(
     device_of: Callable[..., Device],
 ) -> None:
     device = device_of("whole-life")
+    wait_until(lambda: device.listens() and device.ask("GET", "/v2/health/ready")[0] == 503, PATIENCE_S, "not ready")
     first = device.house.release(model(), version=1)
     told = device.commit(first)
     assert (told.active, told.active_sha256) == (1, first.artifact.sha256)
@@ -151,6 +171,14 @@ def test_a_release_is_tried_committed_and_its_successor_goes_through_the_shadow(
     assert any(each["features"] is not None for each in device.predictions(2))
     status = device.agent.status()["models"]["gestures"]
     assert (status["active"], status["previous"]) == (2, 1)
+    # Another program on the device asks the release that answers.
+    window = {"name": "window", "datatype": "FP32", "shape": [1, 8, 2], "data": [2.0] * 16}
+    assert device.ask("GET", "/v2/health/ready")[0] == 200
+    code, found = device.ask("POST", "/v2/models/gestures/infer", json.dumps({"inputs": [window]}))
+    assert (code, found["model_version"]) == (200, "2")
+    outputs = {each["name"]: each["data"] for each in found["outputs"]}
+    assert (outputs["score"], outputs["label_name"], outputs["features"]) == ([2.0], ["high"], [2.0, 2.0])
+    assert device.ask("GET", "/v2/models/gestures/versions/1")[0] == 404
     assert device.gateway.reports[-1].tags == ("bench",)
     # Back: a new sequence that names the old release.
     told = device.commit(first)
