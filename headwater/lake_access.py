@@ -13,6 +13,7 @@ import msgspec
 from contract.errors import ConfigurationError
 from headwater.place import LAKE_VARIABLE, StackRecord, find_record
 from headwater.turn import turn
+from lake.credentials import require_credentials
 from lake.store import Store, StoreSettings
 
 if TYPE_CHECKING:
@@ -53,12 +54,20 @@ def find_store(lake: str | None, data: str | None, environment: Mapping[str, str
 
 
 @contextmanager
-def opened_store(found: Found) -> Iterator[Store]:
-    """The store, answering. An embedded one whose stack is stopped is started, and stopped again at the end.
+def opened_store(lake: str | None, data: str | None, environment: Mapping[str, str]) -> Iterator[Store]:
+    """The store that is meant, with the keys to it, answering.
+
+    An embedded one whose stack is stopped is started, and stopped again at the end.
+
+    Args:
+        lake, data, environment: as of `find_store`.
 
     Raises:
+        ConfigurationError: as `find_store`; or there is no such folder, or no key to the bucket.
         TemporaryError: it does not answer.
     """
+    found = find_store(lake, data, environment)
+    require_credentials(found.settings, environment)
     with ExitStack() as stack:
         started = _started(found.embedded_in, stack) if found.embedded_in is not None else None
         settings = started or found.settings

@@ -127,12 +127,9 @@ def _opened(lake: str | None, data: str | None, keys: str | None) -> Iterator[tu
     logs.configure(quiet=True)
     with extras.imports("gateway", "headwater keys"):
         from headwater.key_folder import find_keys
-        from headwater.lake_access import find_store, opened_store
-        from lake.credentials import require_credentials
+        from headwater.lake_access import opened_store
 
-    found = find_store(lake, data, os.environ)
-    require_credentials(found.settings, os.environ)
-    with opened_store(found) as store:
+    with opened_store(lake, data, os.environ) as store:
         yield find_keys(keys, data, lake, os.environ), store
 
 

@@ -49,16 +49,13 @@ def import_(
     """
     logs.configure(quiet=True)
     with extras.imports("gateway", "headwater label"):
-        from headwater.lake_access import find_store, opened_store
-        from lake.credentials import require_credentials
+        from headwater.lake_access import opened_store
         from lake.labels import UNITS_US, Columns, import_labels, read_file
 
     if unit not in UNITS_US:
         raise ConfigurationError(f"--unit {unit!r} is none of {', '.join(UNITS_US)}")
     rows = read_file(file, stream, Columns(**_columns(columns, Columns._fields)), unit, device)
-    found = find_store(lake, data, os.environ)
-    require_credentials(found.settings, os.environ)
-    with opened_store(found) as store:
+    with opened_store(lake, data, os.environ) as store:
         done = import_labels(store, rows, source or file.name)
     if json:
         output.say_json(done)

@@ -149,15 +149,12 @@ def _opened(lake: str | None, data: str | None, form: Format | None, json: bool)
     # Quiet: an object store that is started for one query has its own warnings, which are nobody's here.
     logs.configure(quiet=True)
     with extras.imports("gateway", "headwater lake"):
-        from headwater.lake_access import find_store, opened_store
-        from lake.credentials import require_credentials
+        from headwater.lake_access import opened_store
         from lake.query import Lake
 
     if form in (Format.ARROW, Format.PARQUET) and sys.stdout.isatty():
         raise ConfigurationError(f"--format {form} is bytes, and stdout is a terminal; send it to a file with > FILE")
-    found = find_store(lake, data, os.environ)
-    require_credentials(found.settings, os.environ)
-    with opened_store(found) as store, Aside() as aside:
+    with opened_store(lake, data, os.environ) as store, Aside() as aside:
         opened = aside.run(lambda: Lake(store))
         aside.interrupt = opened.interrupt
         try:

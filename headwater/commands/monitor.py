@@ -67,15 +67,12 @@ def monitor(
         raise ConfigurationError("--retrain needs a MODEL; name it")
     logs.configure(quiet=True)
     with extras.imports("gateway", "headwater monitor"):
-        from headwater.lake_access import find_store, opened_store
-        from lake.credentials import require_credentials
+        from headwater.lake_access import opened_store
         from lake.monitoring.observe import Bounds
         from lake.monitoring.overview import Monitor
         from lake.query import Lake as OpenLake
 
-    found = find_store(lake, data, os.environ)
-    require_credentials(found.settings, os.environ)
-    with opened_store(found) as store:
+    with opened_store(lake, data, os.environ) as store:
         if retrain is not None and model is not None:
             _ask(store, model, retrain, json=json)
             return

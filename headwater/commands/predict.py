@@ -37,10 +37,9 @@ def predict(
     """
     logs.configure(quiet=True)
     with extras.imports("gateway", "headwater predict"):
-        from headwater.lake_access import find_store, opened_store
+        from headwater.lake_access import opened_store
         from headwater.progress import Bars
         from headwater.release_view import parse_release
-        from lake.credentials import require_credentials
         from lake.duck import QuerySettings
         from lake.query import Lake as OpenLake
         from lake.releases import Releases
@@ -50,9 +49,10 @@ def predict(
 
     model, version = parse_release(release)
     span = scoring.span_of(_moment("--since", since), _moment("--until", until))
-    found = find_store(lake, data, os.environ)
-    require_credentials(found.settings, os.environ)
-    with opened_store(found) as store, tempfile.TemporaryDirectory(prefix="headwater-predict-") as spill:
+    with (
+        opened_store(lake, data, os.environ) as store,
+        tempfile.TemporaryDirectory(prefix="headwater-predict-") as spill,
+    ):
         releases = Releases(store)
         manifest = releases.look().get(model, version).manifest
         scorer = Scorer(releases.artifact(manifest.artifact.sha256), manifest)

@@ -172,13 +172,10 @@ def retire(
 def _opened(lake: str | None, data: str | None) -> Iterator[Releases]:
     logs.configure(quiet=True)
     with extras.imports("gateway", "headwater release"):
-        from headwater.lake_access import find_store, opened_store
-        from lake.credentials import require_credentials
+        from headwater.lake_access import opened_store
         from lake.releases import Releases
 
-    found = find_store(lake, data, os.environ)
-    require_credentials(found.settings, os.environ)
-    with opened_store(found) as store:
+    with opened_store(lake, data, os.environ) as store:
         yield Releases(store)
 
 

@@ -203,14 +203,11 @@ def history(
 def _opened(lake: str | None, data: str | None) -> Iterator[tuple[Store, RolloutTable]]:
     logs.configure(quiet=True)
     with extras.imports("gateway", "headwater rollout"):
-        from headwater.lake_access import find_store, opened_store
-        from lake.credentials import require_credentials
+        from headwater.lake_access import opened_store
         from lake.rollouts import PATH, SCHEMA, RolloutTable
         from lake.tables import ControlTable
 
-    found = find_store(lake, data, os.environ)
-    require_credentials(found.settings, os.environ)
-    with opened_store(found) as store:
+    with opened_store(lake, data, os.environ) as store:
         table = ControlTable(store, PATH, SCHEMA)
         yield store, RolloutTable(lambda: table)
 

@@ -149,16 +149,13 @@ def watch(
     check_above_zero("--interval", interval)
     check_above_zero("--lease", lease)
     with _trainer("headwater train watch"):
-        from headwater.lake_access import find_store, opened_store
+        from headwater.lake_access import opened_store
         from headwater.retraining import make_retrainer, sayer
         from headwater.retraining import watch as watch_until
-        from lake.credentials import require_credentials
         from trainer.recipe import load_recipe
 
     name = load_recipe(recipe).name
-    found = find_store(lake, data, os.environ)
-    require_credentials(found.settings, os.environ)
-    with opened_store(found) as store, stopping() as stop:
+    with opened_store(lake, data, os.environ) as store, stopping() as stop:
         retrainer = make_retrainer(name, lambda: _context(recipe, lake, data, work, keys=keys, json=json), store, lease)
         say = sayer(json=json)
         if not once:
@@ -198,10 +195,9 @@ def _context(
     path: Path, lake: str | None, data: str | None, work: Path | None, *, keys: Path | None, json: bool
 ) -> Iterator[StepContext]:
     """All that a step may use, for one recipe."""
-    from headwater.lake_access import find_store, opened_store
+    from headwater.lake_access import opened_store
     from headwater.place import data_folder
     from headwater.progress import Bars
-    from lake.credentials import require_credentials
     from lake.duck import QuerySettings
     from lake.query import Lake
     from lake.trust.keys import PASSPHRASE_VARIABLE
@@ -213,10 +209,8 @@ def _context(
 
     recipe = load_recipe(path)
     folder = (work or data_folder(data, os.environ) / "train").expanduser().absolute() / recipe.name
-    found = find_store(lake, data, os.environ)
-    require_credentials(found.settings, os.environ)
     spill = QuerySettings(memory_bytes_max=recipe.data.memory_bytes_max, spill_folder=str(folder / ".spill"))
-    with locked(folder), opened_store(found) as store:
+    with locked(folder), opened_store(lake, data, os.environ) as store:
         opened = Lake(store, spill)
         try:
             yield StepContext(

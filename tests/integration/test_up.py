@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from headwater.lake_access import find_store, opened_store
+from headwater.lake_access import opened_store
 from headwater.plan import UpOptions, plan_devices
 from headwater.tally import moment
 from headwater.values import compare
@@ -25,7 +25,7 @@ SMALL = ("up", "--devices", "2", "--speed", "20")
 
 def check_embedded(running: Running) -> int:
     """The books of a stopped stack with an embedded store."""
-    with opened_store(find_store(None, str(running.data), {})) as store:
+    with opened_store(None, str(running.data), {}) as store:
         return check_books(running.record(), store.settings)
 
 
