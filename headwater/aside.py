@@ -20,12 +20,12 @@ _ASK_AGAIN_S = 0.05
 class Aside:
     """One thread that works while the main thread waits; a context manager. For the main thread.
 
-    Attributes:
-        interrupt: asks the work to end; called again and again until it has.
+    Args:
+        interrupt: asks the work to end; called again and again until it has. May be set later.
     """
 
-    def __init__(self) -> None:
-        self.interrupt: Callable[[], None] = lambda: None
+    def __init__(self, interrupt: Callable[[], None] = lambda: None) -> None:
+        self.interrupt = interrupt
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="aside")
 
     def __enter__(self) -> Self:

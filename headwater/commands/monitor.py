@@ -11,6 +11,7 @@ import typer
 
 from contract.errors import ConfigurationError
 from headwater import extras, logs, output
+from headwater.aside import Aside
 from headwater.commands.options import Data, Json, Lake, check_above_zero
 from headwater.signals import stopping
 
@@ -82,7 +83,8 @@ def monitor(
             if model is not None and model not in looking.models():
                 raise ConfigurationError(f"there is no release of a model {model[:80]!r}; see headwater release list")
             if not watch:
-                _show(looking, model, since, json=json)
+                with Aside(opened.interrupt) as aside:
+                    aside.run(lambda: _show(looking, model, since, json=json))
                 return
             with stopping() as stop:
                 while not stop.is_set():

@@ -12,6 +12,7 @@ import typer
 
 from contract.errors import ConfigurationError
 from headwater import extras, logs, output
+from headwater.aside import Aside
 from headwater.commands.options import Data, Json, Lake
 
 
@@ -57,15 +58,12 @@ def predict(
         manifest = releases.look().get(model, version).manifest
         scorer = Scorer(releases.artifact(manifest.artifact.sha256), manifest)
         opened = OpenLake(store, QuerySettings(spill_folder=spill))
+        bars = Bars() if sys.stderr.isatty() and not json else NOBODY
         try:
-            done = scoring.predict(
-                opened,
-                store,
-                scorer,
-                stream=stream,
-                span=span,
-                progress=Bars() if sys.stderr.isatty() and not json else NOBODY,
-            )
+            with Aside(opened.interrupt) as aside:
+                done = aside.run(
+                    lambda: scoring.predict(opened, store, scorer, stream=stream, span=span, progress=bars)
+                )
         finally:
             opened.close()
     if json:

@@ -17,6 +17,7 @@ import typer
 
 from contract.errors import ConfigurationError
 from headwater import extras, logs, output
+from headwater.aside import Aside
 from headwater.commands.options import Data, Json, Lake, check_above_zero
 from headwater.signals import stopping
 
@@ -235,7 +236,8 @@ def _run(context: StepContext, step: Step, *, force: bool, keep_pins: bool = Fal
     from trainer.steps import REPORT, run_step
 
     try:
-        return run_step(context, step, force=force, keep_pins=keep_pins)
+        with Aside(context.lake.interrupt) as aside:
+            return aside.run(lambda: run_step(context, step, force=force, keep_pins=keep_pins))
     except ChecksFailedError:
         if json:
             import msgspec

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -21,6 +22,7 @@ from headwater.exits import Exit
 from lake.duck import QuerySettings
 from lake.query import Lake
 from lake.store import Store
+from tests.integration.servers import PATIENCE_S, wait_until
 from tests.integration.trainer_lake import RECIPE, START_US, STEP_US, bring_in, bring_in_walkers, open_lake
 from trainer.errors import ChecksFailedError, DataError, RecipeError
 from trainer.pipeline import CHECKS, DATASET
@@ -259,6 +261,27 @@ def test_a_dataset_that_is_killed_is_made_whole_by_the_next_run(store: Store, tr
     assert not train(RECIPE, DATASET, force=True).skipped
     assert not (train.work / ".dataset.draft").exists()
     assert train.dataset.sha256() == whole.outputs["sha256"]
+
+
+def test_ctrl_c_ends_a_long_question_at_once_and_the_next_run_is_whole(store: Store, train: Training) -> None:
+    bring_in_walkers(store)
+    hours = "FROM motion WHERE (SELECT sum(a.range * b.range % 7) FROM range(10000000) a, range(10000000) b) > 0"
+    (train.folder / "recipe.toml").write_text(RECIPE.replace('["x", "y"]', f'["x", "y"]\nsql = "{hours}"'))
+    process = headwater(train, "dataset")
+    try:
+        wait_until((train.work / ".dataset.draft").exists, PATIENCE_S, "the step has begun")
+        works = psutil.Process(process.pid)
+        begun_s = sum(works.cpu_times()[:2])
+        wait_until(lambda: sum(works.cpu_times()[:2]) - begun_s > 2.0, PATIENCE_S, "the question is at work")
+        asked_s = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out, err) == (Exit.INTERRUPTED, "", "")
+    assert time.monotonic() - asked_s < 10.0
+    assert not train(RECIPE, DATASET).skipped
+    assert not (train.work / ".dataset.draft").exists()
 
 
 def test_a_disk_without_room_is_told_and_nothing_stays(store: Store, train: Training) -> None:
