@@ -170,7 +170,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
-    """The order to run a release, or to run none of this model (`version` 0)."""
+    """The order to run a release; with `version` 0 none that was ordered: the factory's answers, where there is one."""
 
     v: int = PROTOCOL_VERSION
     device: str
@@ -251,8 +251,11 @@ class ReportedModel(msgspec.Struct, frozen=True, kw_only=True):
     """One model on a device. Counters run since the active version was loaded, in this run of the agent."""
 
     active: int
-    """Version that answers now; 0 for none."""
+    """Version that answers now; 0 for none that was ordered."""
     active_sha256: str = ""
+    previous: int = 0
+    """Version that was active before, and to which a rollback would lead; 0 for none that was ordered."""
+    previous_sha256: str = ""
     windows: int = 0
     skipped: int = 0
     """Windows left out because the worker was busy."""
