@@ -96,8 +96,7 @@ def rotate(
             keep = _approved(store) if stolen else None
             rotation.rotate_targets(repository, roots, old, new, folder.read_if_any("online"), keep)
         else:
-            # Further root keys stay as they are: only root.pem is replaced.
-            folder.write_anchor(rotation.rotate_root(repository, roots, [new, *roots[1:]]))
+            folder.write_anchor(rotation.rotate_root(repository, roots, roots[0], new))
         folder.adopt(role)
         _tell(folder, TrustRepository(store, anchor=folder.anchor()), json)
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
-from securesystemslib.signer import CryptoSigner
+from securesystemslib.signer import CryptoSigner, Key
 from tuf.api.exceptions import RepositoryError
 
 # The package hands these names on without declaring it.
@@ -158,7 +158,7 @@ def first_root(roots: Collection[CryptoSigner], targets: CryptoSigner, online: C
     return root
 
 
-def with_keys(root: Root, roles: Mapping[str, Collection[CryptoSigner]]) -> Root:
+def with_keys(root: Root, roles: Mapping[str, Collection[Key]]) -> Root:
     """The next root, with other keys for some roles. Thresholds stay.
 
     Args:
@@ -171,7 +171,7 @@ def with_keys(root: Root, roles: Mapping[str, Collection[CryptoSigner]]) -> Root
         for keyid in list(newer.roles[role].keyids):
             newer.revoke_key(keyid, role)
         for key in keys:
-            newer.add_key(key.public_key, role)
+            newer.add_key(key, role)
     return newer
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
-from securesystemslib.signer import CryptoSigner
+from securesystemslib.signer import CryptoSigner, Key
 from tuf.api.metadata import (
     Root,
     Snapshot,
@@ -270,7 +270,7 @@ class TrustRepository:
     def change_root(
         self,
         roots: Collection[CryptoSigner],
-        roles: Mapping[str, Collection[CryptoSigner]],
+        roles: Mapping[str, Collection[Key]],
         *,
         also: Collection[CryptoSigner] = (),
         force: bool = False,
@@ -279,7 +279,7 @@ class TrustRepository:
 
         Args:
             roots: root keys of now, as many as the threshold says.
-            roles: TUF role → all of its keys from now on.
+            roles: TUF role → all of its keys from now on; their public halves do.
             also: further keys that sign: those of the new root, where they change.
             force: write one even where nothing changes.
 
@@ -293,7 +293,7 @@ class TrustRepository:
         for _ in range(ATTEMPTS_MAX):
             newest = read_roots(self._store, self._anchor)[-1]
             root: Root = newest.signed
-            wanted = {role: {key.public_key.keyid for key in keys} for role, keys in roles.items()}
+            wanted = {role: {key.keyid for key in keys} for role, keys in roles.items()}
             if not force and all(set(root.roles[role].keyids) == keyids for role, keyids in wanted.items()):
                 return newest.data
             self._check(roots, root, Root.type, root.roles[Root.type].threshold)

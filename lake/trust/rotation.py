@@ -28,7 +28,7 @@ def rotate_online(
     keys = [new] if old is None else [old, new]
     if old is not None and old.public_key.keyid in repository.published().root.roles[Timestamp.type].keyids:
         repository.publish(keys, force=True)
-    repository.change_root(roots, {Snapshot.type: [new], Timestamp.type: [new]})
+    repository.change_root(roots, {Snapshot.type: [new.public_key], Timestamp.type: [new.public_key]})
     # Once more: a gateway that had not heard of it may have signed with the old key alone in between.
     repository.publish(keys, force=True)
 
@@ -60,23 +60,34 @@ def rotate_targets(
     if old is not None and old.public_key.keyid in repository.published().root.roles[Targets.type].keyids:
         repository.sign_targets(keys, keep=keep)
         _publish_or_wait(repository, online)
-    repository.change_root(roots, {Targets.type: [new]})
+    repository.change_root(roots, {Targets.type: [new.public_key]})
     repository.sign_targets([new], keep=keep)
     if online is not None:
         repository.publish([online])
 
 
-def rotate_root(repository: TrustRepository, old: Collection[CryptoSigner], new: Collection[CryptoSigner]) -> bytes:
-    """Put other root keys into force: signed by the old and the new ones, as TUF demands.
+def rotate_root(
+    repository: TrustRepository, roots: Collection[CryptoSigner], old: CryptoSigner, new: CryptoSigner
+) -> bytes:
+    """Put another root key in the place of one. The others stay, also those that are in other hands.
+
+    Args:
+        repository: whose keys.
+        roots: root keys of now that are at hand, as many as the threshold says; they and the new one sign.
+        old: the key that goes.
+        new: the key that comes.
 
     Returns:
         The new root metadata, for devices that are set up from now on.
 
     Raises:
-        ConfigurationError: the old keys are not those of the present root.
+        ConfigurationError: the old keys are not those of the present root, or too few.
         StoreUnavailableError: the store did not answer; call again.
     """
-    return repository.change_root(old, {Root.type: new}, also=new)
+    root = repository.published().root
+    going = {old.public_key.keyid, new.public_key.keyid}
+    staying = [root.keys[keyid] for keyid in root.roles[Root.type].keyids if keyid not in going]
+    return repository.change_root(roots, {Root.type: [new.public_key, *staying]}, also=[new])
 
 
 def renew_root(repository: TrustRepository, roots: Collection[CryptoSigner]) -> bytes:

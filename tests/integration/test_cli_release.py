@@ -11,6 +11,8 @@ import pytest
 from headwater import cli
 from lake.releases import Releases
 from lake.store import Store, StoreSettings
+from lake.trust.keys import read_key
+from lake.trust.repository import TrustRepository
 from tests.trust_world import MODEL, manifest
 
 
@@ -43,6 +45,24 @@ def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     for name in ("HEADWATER_KEYS", "HEADWATER_LAKE", "HEADWATER_DATA", "HEADWATER_KEY_PASSPHRASE"):
         monkeypatch.delenv(name, raising=False)
     return Shell(tmp_path, capsys)
+
+
+def test_a_new_root_key_leaves_those_in_other_hands_in_force(shell: Shell, tmp_path: Path) -> None:
+    shell("keys", "init", "--root-keys", "3", "--root-threshold", "2")
+    before = {path.name: read_key(path, None).public_key.keyid for path in shell.keys.glob("root*.pem")}
+    away = tmp_path / "root-3.pem"
+    (shell.keys / "root-3.pem").rename(away)
+    shell("keys", "rotate", "root")
+    new = read_key(shell.keys / "root.pem", None).public_key.keyid
+    root = TrustRepository(shell.store, anchor=(shell.keys / "root.json").read_bytes()).published().root
+    assert new not in before.values()
+    assert set(root.roles["root"].keyids) == {new, before["root-2.pem"], before["root-3.pem"]}
+    assert root.roles["root"].threshold == 2
+    # Who has the other two can still change keys, without the one that stayed here.
+    away.rename(shell.keys / "root-3.pem")
+    (shell.keys / "root-2.pem").unlink()
+    shell("keys", "rotate", "root")
+    shell("keys", "rotate", "online")
 
 
 def test_a_release_from_draft_to_retirement(shell: Shell) -> None:

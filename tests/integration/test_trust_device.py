@@ -362,7 +362,7 @@ def test_who_stole_the_online_key_cannot_ship_a_draft(world: World, device: Devi
 
 
 def test_a_device_whose_memory_is_damaged_starts_again_from_its_anchor(world: World, device: Device) -> None:
-    rotation.rotate_root(world.repository(), [world.root], [generate_key()])
+    rotation.rotate_root(world.repository(), [world.root], world.root, generate_key())
     device.follow(world.order(sequence=1))
     for file in device.metadata.rglob("*.json"):
         file.write_bytes(b"")

@@ -158,7 +158,7 @@ def test_a_kill_while_keys_change_leaves_readers_valid_signatures(
         elif role == "targets":
             rotation.rotate_targets(repository, [world.root], world.targets, new, world.online, None)
         else:
-            rotation.rotate_root(repository, [world.root], [new])
+            rotation.rotate_root(repository, [world.root], world.root, new)
 
     names = iter(range(100))
 
