@@ -31,7 +31,7 @@ def worker_name() -> str:
     return f"{socket.gethostname()[:64]}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-def make_retrainer(model: str, contexts: Contexts, store: Store, lease_s: float) -> Retrainer:
+def make_retrainer(model: str, contexts: Contexts, store: Store, lease_s: float, stop: threading.Event) -> Retrainer:
     """Wire it: triggers of a store, rollouts by the recipe.
 
     Args:
@@ -39,6 +39,7 @@ def make_retrainer(model: str, contexts: Contexts, store: Store, lease_s: float)
         contexts: opens one training.
         store: where the triggers are.
         lease_s: how long a claim holds that is not renewed.
+        stop: begin nothing more once it is set.
     """
     from lake.monitoring.triggers import PATH, SCHEMA, TriggerTable
     from lake.tables import ControlTable
@@ -50,7 +51,7 @@ def make_retrainer(model: str, contexts: Contexts, store: Store, lease_s: float)
         table = ControlTable(store, PATH, SCHEMA)
         return TriggerTable(lambda: table, who, lambda: time.time_ns() // 1000)
 
-    return Retrainer(model, contexts, tables, lease_s, start_rollout)
+    return Retrainer(model, contexts, tables, lease_s, start_rollout, stop)
 
 
 def start_rollout(context: StepContext, release: Release, why: str) -> str:

@@ -22,6 +22,10 @@ from contract.errors import HeadwaterError, TemporaryError
 from contract.models import Manifest
 from lake.monitoring.triggers import ClaimLost, Trigger, TriggerEvent, TriggerTable
 from lake.releases import Release, Releases, ReleaseState
+from lake.rollouts import PATH as ROLLOUTS_PATH
+from lake.rollouts import SCHEMA as ROLLOUTS_SCHEMA
+from lake.rollouts import RolloutTable
+from lake.tables import ControlTable
 from trainer.candidates import find_scorer, metric_of
 from trainer.errors import DataError
 from trainer.export import ONNX_FILE
@@ -79,6 +83,10 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     rollout: str | None = None
 
 
+class _Stopped(Exception):
+    """A stop was asked for."""
+
+
 class Claim:
     """Holds a trigger while a training goes on: a thread renews it."""
 
@@ -130,20 +138,30 @@ class Retrainer:
         tables: opens the triggers.
         lease_s: a claim that is not renewed for so long is another's to take.
         start_rollout: None where nothing is rolled out.
+        stop: no further trigger or step is begun once it is set.
     """
 
     def __init__(
-        self, model: str, contexts: Contexts, tables: Tables, lease_s: float, start_rollout: StartRollout | None
+        self,
+        model: str,
+        contexts: Contexts,
+        tables: Tables,
+        lease_s: float,
+        start_rollout: StartRollout | None,
+        stop: threading.Event,
     ) -> None:
         self._model, self._contexts, self._tables = model, contexts, tables
-        self._lease_s, self._start_rollout = lease_s, start_rollout
+        self._lease_s, self._start_rollout, self._stop = lease_s, start_rollout, stop
 
     def take(self) -> Outcome | None:
-        """Claim the oldest trigger and work it off; None where there is none.
+        """Claim the oldest trigger and work it off; None where there is none, or a stop was asked for.
 
         Raises:
-            TemporaryError: the lake did not answer, and the claim is left to run out.
+            TemporaryError: something did not answer, and the trigger is given back. Where that was the lake, the claim
+                is left to run out.
         """
+        if self._stop.is_set():
+            return None
         table = self._tables()
         trigger = table.claim(self._model, self._lease_s)
         if trigger is None:
@@ -157,6 +175,12 @@ class Retrainer:
             return self._finish(table, outcome)
         except ClaimLost as error:
             return self._outcome(trigger, "lost", str(error))
+        except _Stopped:
+            table.give_back(trigger.name, "the trainer was stopped")
+            return None
+        except TemporaryError as error:
+            table.give_back(trigger.name, str(error))
+            raise
 
     def _finish(self, table: TriggerTable, outcome: Outcome) -> Outcome:
         failed = outcome.outcome in ("failed", "given_up")
@@ -178,6 +202,8 @@ class Retrainer:
         for step in STEPS.values():
             if step is RELEASE:
                 break
+            if self._stop.is_set():
+                raise _Stopped
             run_step(context, step)
             claim.check()
         releases = Releases(context.store)
@@ -186,6 +212,9 @@ class Retrainer:
         comparison = None
         if current is not None:
             if current.manifest.artifact.sha256 == context.outputs(EXPORT.name)["model"]["sha256"]:
+                if self._may_roll_out(context) and not _was_rolled_out(context, current):
+                    # Whoever approved it was stopped before the next act.
+                    return self._rolled_out(context, current, trigger, {"version": current.version})
                 why = f"the training gave {current.name} again, to the bit"
                 return self._outcome(trigger, "unchanged", why, version=current.version)
             comparison = compare(context, releases, current.manifest)
@@ -210,14 +239,31 @@ class Retrainer:
         common: dict[str, Any] = {"version": version, "comparison": comparison}
         if said["state"] != ReleaseState.APPROVED:
             return self._outcome(trigger, "released", f"a draft: {said['not_approved']}", **common)
-        if not context.recipe.policy.rollout or self._start_rollout is None:
+        if not self._may_roll_out(context):
             return self._outcome(trigger, "approved", "[policy] rollout is not set", **common)
-        release = releases.look().get(self._model, version)
-        rollout = self._start_rollout(context, release, f"trigger {trigger.name}: {trigger.why}")
+        return self._rolled_out(context, releases.look().get(self._model, version), trigger, common)
+
+    def _may_roll_out(self, context: StepContext) -> bool:
+        return context.recipe.policy.rollout and self._start_rollout is not None
+
+    def _rolled_out(self, context: StepContext, release: Release, trigger: Trigger, common: dict[str, Any]) -> Outcome:
+        assert self._start_rollout is not None
+        try:
+            rollout = self._start_rollout(context, release, f"trigger {trigger.name}: {trigger.why}")
+        except TemporaryError:
+            raise
+        except HeadwaterError as error:
+            return self._outcome(trigger, "approved", f"its rollout could not be started: {error}", **common)
         return self._outcome(trigger, "rolling_out", "", rollout=rollout, **common)
 
     def _outcome(self, trigger: Trigger, outcome: str, why: str, **rest: Any) -> Outcome:
         return Outcome(trigger=trigger.name, outcome=outcome, why=why, model=self._model, **rest)
+
+
+def _was_rolled_out(context: StepContext, release: Release) -> bool:
+    table = ControlTable(context.store, ROLLOUTS_PATH, ROLLOUTS_SCHEMA)
+    book = RolloutTable(lambda: table).look()
+    return any(rollout.spec.version == release.version for rollout in book.of_model(release.model))
 
 
 def compare(context: StepContext, releases: Releases, current: Manifest) -> Comparison | None:

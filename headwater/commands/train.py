@@ -157,7 +157,9 @@ def watch(
 
     name = load_recipe(recipe).name
     with opened_store(lake, data, os.environ) as store, stopping() as stop:
-        retrainer = make_retrainer(name, lambda: _context(recipe, lake, data, work, keys=keys, json=json), store, lease)
+        retrainer = make_retrainer(
+            name, lambda: _context(recipe, lake, data, work, keys=keys, json=json), store, lease, stop
+        )
         say = sayer(json=json)
         if not once:
             watch_until(retrainer, interval, stop, say)

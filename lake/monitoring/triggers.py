@@ -58,6 +58,8 @@ class TriggerEvent(StrEnum):
     STARTED = "started"
     RENEWED = "renewed"
     """The claim of who started holds until `until`."""
+    RETURNED = "returned"
+    """Something did not answer, or the worker was stopped: it is free again, and the attempt counts for nothing."""
     DONE = "done"
     """`detail` says with which outcome."""
     FAILED = "failed"
@@ -77,7 +79,7 @@ class Trigger(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     why: str
     event: TriggerEvent
-    """RENEWED shows as STARTED."""
+    """RENEWED shows as STARTED, RETURNED as REQUESTED."""
     who: str
     """Of the latest row."""
     requested_us: int
@@ -85,7 +87,7 @@ class Trigger(msgspec.Struct, frozen=True, kw_only=True):
     until_us: int = 0
     """End of the claim."""
     claims: int = 0
-    """How often it was started."""
+    """How often it was started and not returned."""
     detail: dict[str, Any] = {}
 
     @property
@@ -118,15 +120,17 @@ def fold(rows: Iterable[Row]) -> dict[str, Trigger]:
     return found
 
 
+_SHOWN = {TriggerEvent.RENEWED: TriggerEvent.STARTED, TriggerEvent.RETURNED: TriggerEvent.REQUESTED}
+
+
 def _after(before: Trigger, event: TriggerEvent, row: Row) -> Trigger:
-    begun = event in (TriggerEvent.STARTED, TriggerEvent.RENEWED)
     return msgspec.structs.replace(
         before,
-        event=TriggerEvent.STARTED if begun else event,
+        event=_SHOWN.get(event, event),
         who=row["who"] or "",
         at_us=row["at"],
         until_us=row["until"] or 0,
-        claims=before.claims + (event is TriggerEvent.STARTED),
+        claims=before.claims + (event is TriggerEvent.STARTED) - (event is TriggerEvent.RETURNED),
         detail=before.detail | _detail(row),
     )
 
@@ -233,6 +237,15 @@ class TriggerTable:
             CommitConflictError, StoreUnavailableError: as `request`.
         """
         self._mine(name, TriggerEvent.RENEWED, "", lease_s, {})
+
+    def give_back(self, name: str, why: str) -> None:
+        """Let others have it, as if it had not been claimed.
+
+        Raises:
+            ClaimLost: it is not ours any more.
+            CommitConflictError, StoreUnavailableError: as `request`.
+        """
+        self._mine(name, TriggerEvent.RETURNED, why, 0.0, {})
 
     def finish(self, name: str, event: TriggerEvent, why: str, detail: dict[str, Any]) -> None:
         """Say what came of it: `DONE` or `FAILED`.

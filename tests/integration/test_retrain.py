@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from contract.errors import ConfigurationError
 from headwater.key_folder import make_keys
 from headwater.retraining import make_retrainer
 from lake.approval import Approver, approve
+from lake.errors import StoreUnavailableError
 from lake.monitoring.triggers import PATH, SCHEMA, Trigger, TriggerEvent, TriggerKind, TriggerTable
 from lake.query import Lake
 from lake.releases import Releases
@@ -53,6 +56,7 @@ class Training:
         self.keys = KeyFolder(folder / "keys", None)
         self.trust = make_keys(self.keys, self.store)
         self.recipe(RECIPE + QUICK + POLICY)
+        self.stop = threading.Event()
 
     def recipe(self, text: str) -> None:
         (self.folder / "recipe.toml").write_text(text)
@@ -78,7 +82,7 @@ class Training:
             lake.close()
 
     def retrainer(self, lease_s: float = 60.0) -> Retrainer:
-        return make_retrainer("walking", self.context, self.store, lease_s)
+        return make_retrainer("walking", self.context, self.store, lease_s, self.stop)
 
     def triggers(self, who: str = "gateway") -> TriggerTable:
         table = ControlTable(self.store, PATH, SCHEMA)
@@ -187,6 +191,59 @@ def test_a_trainer_that_lost_its_claim_releases_nothing(training: Training, monk
     assert outcome.outcome == "lost"
     assert Releases(training.store).look().of_model("walking") == []
     assert training.trigger().who == "thief"
+
+
+def test_a_rollout_that_could_not_begin_is_begun_by_the_next_attempt(training: Training, monkeypatch) -> None:
+    def unreachable(*_):
+        raise StoreUnavailableError("the store did not answer")
+
+    retrainer = training.retrainer()
+    started = retrainer._start_rollout
+    monkeypatch.setattr(retrainer, "_start_rollout", unreachable)
+    training.ask()
+    for _ in range(retrain.CLAIMS_MAX + 1):
+        with pytest.raises(StoreUnavailableError):
+            retrainer.take()
+        # Given back at once, and not counted as a training that never came to its end.
+        assert (training.trigger().event, training.trigger().claims) == (TriggerEvent.REQUESTED, 0)
+    assert Releases(training.store).look().get("walking").version == 1
+    assert training.rollouts() == []
+    monkeypatch.setattr(retrainer, "_start_rollout", started)
+    outcome = retrainer.take()
+    assert (outcome.outcome, outcome.version) == ("rolling_out", 1)
+    assert training.rollouts() == [(1, "running")]
+    assert [release.version for release in Releases(training.store).look().of_model("walking")] == [1]
+
+
+def test_a_rollout_that_cannot_be_leaves_the_release_approved_and_says_so(training: Training, monkeypatch) -> None:
+    def impossible(*_):
+        raise ConfigurationError("no such guard; correct it")
+
+    retrainer = training.retrainer()
+    monkeypatch.setattr(retrainer, "_start_rollout", impossible)
+    training.ask()
+    outcome = retrainer.take()
+    assert (outcome.outcome, outcome.version) == ("approved", 1)
+    assert "its rollout could not be started: no such guard" in outcome.why
+    assert training.trigger().event is TriggerEvent.DONE
+
+
+def test_a_stop_begins_no_further_step_and_gives_the_trigger_back(training: Training, monkeypatch) -> None:
+    run_step, ran = retrain.run_step, []
+
+    def stopped_after_the_first(context, step):
+        ran.append(step.name)
+        training.stop.set()
+        return run_step(context, step)
+
+    monkeypatch.setattr(retrain, "run_step", stopped_after_the_first)
+    training.ask()
+    assert training.retrainer().take() is None
+    assert ran == ["dataset"]
+    assert (training.trigger().event, training.trigger().claims) == (TriggerEvent.REQUESTED, 0)
+    assert training.retrainer().take() is None
+    training.stop.clear()
+    assert training.triggers("another").claim("walking", 60) is not None
 
 
 def test_a_training_that_never_ends_is_given_up(training: Training) -> None:
