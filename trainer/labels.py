@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +75,9 @@ class LabelBook(NamedTuple):
 def labels_query(labels: Labels, stream: str) -> str:
     """The SELECT that gives the labels: `_device, ts, label` or `_device, start, end, label`.
 
+    Labels of a stream are made text here, as `lake.monitoring.accuracy` does it: there they are compared with the
+    classes of the model. NaN becomes empty text, which is counted.
+
     Args:
         labels: of the recipe.
         stream: that is labelled.
@@ -83,13 +86,16 @@ def labels_query(labels: Labels, stream: str) -> str:
         return labels.sql
     if labels.stream:
         # Rows in the order in which they were recorded: of two changes at one moment the later row counts.
+        said = identifier(labels.field)
+        is_nan = f"typeof({said}) IN ('FLOAT', 'DOUBLE') AND {said}::VARCHAR = 'nan'"
         return (
-            f'SELECT {DEVICE}, ts, {identifier(labels.field)} AS "label" FROM {identifier(labels.stream)} '
-            f"ORDER BY {DEVICE}, ts, _seq, _row"
+            f"SELECT {DEVICE}, ts, CASE WHEN {is_nan} THEN '' ELSE {said}::VARCHAR END AS \"label\" "
+            f"FROM {identifier(labels.stream)} ORDER BY {DEVICE}, ts, _seq, _row"
         )
+    # Of intervals that begin at one moment the one imported last counts: a correction.
     return (
         f'SELECT device AS {DEVICE}, "start", "end", "label" FROM {identifier(labels.table)} '
-        f"WHERE stream = '{stream}' ORDER BY device, \"start\""
+        f"WHERE stream = '{stream}' ORDER BY device, \"start\", sequence"
     )
 
 
@@ -113,7 +119,7 @@ def read_labels(answer: pa.Table, labels: Labels) -> LabelBook:
             )
     devices = np.array(answer.column(DEVICE).to_pylist(), dtype=object)
     starts = _times(answer, begins)
-    texts, nan_rows = _texts(answer.column("label").to_pylist())
+    texts, nan_rows = _texts(answer.column("label"))
     classes = tuple(sorted({text for text in texts if text} | ({labels.otherwise} if labels.otherwise else set())))
     if len(classes) > CLASSES_MAX:
         raise DataError(
@@ -157,17 +163,26 @@ def flattened(track: Track) -> Track:
     return Track(bounds, np.append(bounds[1:], _FOREVER), codes)
 
 
-def _texts(values: list[Any]) -> tuple[list[str], int]:
-    """Labels as text, "" for none; and how many are NaN or empty."""
+def _texts(column: pa.ChunkedArray) -> tuple[list[str], int]:
+    """Labels as text, "" for none; and how many are NaN or empty.
+
+    The text is the one that `lake.monitoring.accuracy` compares answers with: a truth value is `true`, not `True`.
+    """
+    try:
+        told = column.cast(pa.string()).to_pylist()
+    except pa.ArrowException as error:
+        raise RecipeError(
+            f"[labels] label is {column.type}, not text or a number; write label::VARCHAR in its sql"
+        ) from error
     texts, bad = [], 0
-    for value in values:
-        if value is None:
+    for value, text in zip(column.to_pylist(), told, strict=True):
+        if text is None:
             texts.append("")
-        elif (isinstance(value, float) and math.isnan(value)) or not str(value).strip():
+        elif (isinstance(value, float) and math.isnan(value)) or not text.strip():
             texts.append("")
             bad += 1
         else:
-            texts.append(str(value))
+            texts.append(text)
     return texts, bad
 
 

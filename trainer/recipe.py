@@ -70,7 +70,8 @@ class Data(Part, frozen=True, kw_only=True):
     """Channels of the window, in their order: numbers or truth values. Null becomes NaN."""
     sql: str = ""
     """A SELECT that gives `_device`, `ts` and the fields, and `_epoch, _seq, _row` if the order in which the device
-    recorded is to be kept (without them rows are taken by `ts`). Empty: all rows of the stream."""
+    recorded is to be kept (without them rows are taken by `ts`, those of one moment by their values). Empty: all rows
+    of the stream."""
     version: int | None = None
     """Delta version of the stream to train on; None: the latest when the dataset is made."""
     memory_bytes_max: Annotated[int, msgspec.Meta(ge=64 << 20)] = 1 << 30
@@ -92,7 +93,7 @@ class Labels(Part, frozen=True, kw_only=True):
     """A table of intervals: `control/labels`."""
     sql: str = ""
     """A SELECT that gives `_device, ts, label` (changes) or `_device, start, end, label` (intervals without their
-    `end`)."""
+    `end`). Of two that begin at one moment the later row counts: write ORDER BY where that may happen."""
     span: Literal["drop", "majority", "last"] = "drop"
     """A window over more than one label is dropped, or has the label of most of its rows (of equals the later), or
     that of its last row."""

@@ -123,7 +123,12 @@ def _ordered(lake: Lake, data: Data, pins: Pins) -> str:
     wanted = ", ".join(f"r.{identifier(name)}" for name in data.fields)
     time = f"epoch_us(r.ts) AS {_TIME}"
     if not {EPOCH, SEQ, ROW} <= set(schema.names):
-        return f"SELECT r.{DEVICE}, {time}, 1::BIGINT AS {_LIFE}, {wanted} FROM ({base}) r ORDER BY r.{DEVICE}, {_TIME}"
+        # Nothing says which of two rows of one moment came first. By their values the order is at least always the
+        # same: what is left equal then is the same row.
+        return (
+            f"SELECT r.{DEVICE}, {time}, 1::BIGINT AS {_LIFE}, {wanted} FROM ({base}) r "
+            f"ORDER BY r.{DEVICE}, {_TIME}, {wanted}"
+        )
     # NOT MATERIALIZED: reading the files twice costs less than keeping all rows in between.
     return (
         f"WITH r AS NOT MATERIALIZED ({base}), "

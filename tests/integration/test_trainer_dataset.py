@@ -112,6 +112,20 @@ def test_rows_are_taken_in_recorded_order_epoch_by_epoch(store: Store, train: Tr
     assert train.dataset.labels is None
 
 
+def test_rows_of_one_moment_come_in_one_order_where_sql_leaves_out_the_recorded_one(
+    store: Store, train: Training
+) -> None:
+    ts = START_US + np.arange(400) // 4 * STEP_US
+    bring_in(store, "motion", "a", ts=ts, x=np.arange(400) * 7 % 400, y=np.zeros(400))
+    bring_in(store, "doing", "a", ts=[START_US], what=["still"])
+    found = set()
+    for order in ("x", "x DESC"):
+        sql = f"SELECT _device, ts, x, y FROM (FROM motion ORDER BY {order})"
+        text = RECIPE.replace('["x", "y"]', f'["x", "y"]\nsql = "{sql}"')
+        found.add(train(text).record.outputs["sha256"])
+    assert len(found) == 1
+
+
 def test_values_are_cast_once_and_null_is_nan(store: Store, train: Training) -> None:
     count = 50
     big = 2**60 + 2**36 + 1  # float64 rounds it to what float32 then rounds down; its own float32 is higher
