@@ -48,8 +48,7 @@ class Work(NamedTuple):
 
     job: Job | None
     active: Release | None
-    """To be loaded; None for the factory's, or none where `removed`."""
-    removed: bool
+    """To be loaded; None for the factory's, where there is one."""
     candidate: Release | None
     """To be loaded beside it."""
     front: bool
@@ -83,10 +82,14 @@ class NotOpened:
 
 @dataclass(frozen=True)
 class Verified:
-    """The manifest is trusted and in the store."""
+    """The order is right by the newest keys, and its release's manifest is trusted and in the store.
+
+    Attributes:
+        release: None with version 0, which has none.
+    """
 
     sequence: int
-    release: Release
+    release: Release | None
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,7 @@ def work(record: ModelRecord) -> Work:
         else None
     )
     wanted = record.candidate if state in _LOADED or state is DeviceState.PROBED else None
-    return Work(job, record.active, record.removed, wanted, state is DeviceState.TRIAL)
+    return Work(job, record.active, wanted, state is DeviceState.TRIAL)
 
 
 def step(record: ModelRecord, event: Event, now_us: int) -> Step:
@@ -253,7 +256,7 @@ def _in_progress(record: ModelRecord, order: ReportedOrder, assignment: Assignme
     if isinstance(event, Tick):
         return _tick(record, order, assignment, event, now_us)
     if isinstance(event, Verified) and order.state is DeviceState.ASSIGNED:
-        return _enter(replace(record, candidate=event.release, starts=0), DeviceState.PRECHECK, now_us)
+        return _verified(record, assignment, event, now_us)
     if isinstance(event, Done):
         return _done(record, order, event, now_us)
     if isinstance(event, Later):
@@ -289,11 +292,8 @@ def _ordered(record: ModelRecord, event: Ordered, now_us: int) -> Step:
         assignment=assignment,
         order=_order(assignment, DeviceState.ASSIGNED, "", now_us),
     )
-    if not assignment.version:
-        made = replace(fresh, active=None, previous=record.active or record.previous, removed=True, active_starts=0)
-        final = _enter(made, DeviceState.COMMITTED, now_us, "ordered to run none")
-    elif record.active is not None and _is(record.active, assignment) and not record.removed:
-        final = _enter(fresh, DeviceState.COMMITTED, now_us, "it was active already")
+    if _is_so(record.active, assignment):
+        final = _enter(fresh, DeviceState.COMMITTED, now_us, "it was so already")
     elif (denial := record.denial(assignment.sha256)) is not None:
         final = _end(
             fresh, DeviceState.REJECTED, f"this device denies the model {assignment.sha256[:12]}: {denial}", now_us
@@ -320,6 +320,14 @@ def _not_opened(record: ModelRecord, event: NotOpened, now_us: int) -> Step:
 
 
 # Jobs.
+
+
+def _verified(record: ModelRecord, assignment: Assignment, event: Verified, now_us: int) -> Step:
+    if (event.release is None) != (assignment.version == 0):
+        return Step(record, False)
+    made = replace(record, candidate=event.release, starts=0)
+    return _commit(made, now_us) if event.release is None else _enter(made, DeviceState.PRECHECK, now_us)
+
 
 _AFTER = {
     (Job.CHECK, DeviceState.PRECHECK): DeviceState.DOWNLOADING,
@@ -383,9 +391,8 @@ def _commit(record: ModelRecord, now_us: int) -> Step:
     made = replace(
         record,
         active=record.candidate,
-        previous=record.active or record.previous,
+        previous=record.active,
         candidate=None,
-        removed=False,
         starts=0,
         active_starts=0,
     )
@@ -472,6 +479,11 @@ def _order(assignment: Assignment, state: DeviceState, reason: str, now_us: int)
         reason=_short(reason),
         since_us=now_us,
     )
+
+
+def _is_so(active: Release | None, assignment: Assignment) -> bool:
+    """Whether what an order asks for is so; version 0 asks that none runs that was ordered."""
+    return not assignment.version if active is None else _is(active, assignment)
 
 
 def _is(release: Release, named: Assignment | ReportedOrder) -> bool:

@@ -39,18 +39,16 @@ class Denied(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a device must not forget about one model."""
+    """Everything that a device must not forget about one model. Members that another agent wrote are ignored."""
 
     v: int = RECORD_VERSION
     model: str
     active: Release | None = None
-    """Runs. None: the factory's release does, where there is one and `removed` is not set."""
+    """Runs. None: the factory's release does, where there is one."""
     candidate: Release | None = None
     """Is checked and tried; from its verification on until the order ends."""
     previous: Release | None = None
     """Was active before; goes back into service when the active one breaks."""
-    removed: bool = False
-    """An order said that no release of this model shall run."""
     seen: Seen | None = None
     """The latest order that was opened; older ones are replays."""
     envelope: dict[str, Any] | None = None

@@ -154,16 +154,13 @@ class ModelService:
         return self._told
 
     def status(self) -> dict[str, Any]:
-        """The same for the status socket, with slots and denied hashes."""
+        """The same for the status socket, with the candidate and denied hashes."""
         answer: dict[str, Any] = {}
         for name, told in self._told.items():
             record = self._records.get(name, ModelRecord(model=name))
-            slots = {
-                slot: None if release is None else release.version
-                for slot, release in (("candidate", record.candidate), ("previous", record.previous))
-            }
+            candidate = None if record.candidate is None else record.candidate.version
             denied = {each.sha256: each.reason for each in record.denied}
-            answer[name] = {**msgspec.to_builtins(told), **slots, "denied": denied}
+            answer[name] = {**msgspec.to_builtins(told), "candidate": candidate, "denied": denied}
         return answer
 
     def stop(self) -> None:
@@ -361,7 +358,7 @@ class ModelService:
             if candidate.release == work.active:
                 self._active[model] = candidate
         active = self._active.get(model)
-        wants_factory = work.active is None and not work.removed and model in self._store.factory
+        wants_factory = work.active is None and model in self._store.factory
         if active is not None and (active.release != work.active or (work.active is None and not wants_factory)):
             del self._active[model]
             active = None
@@ -460,10 +457,17 @@ _NOT_SHOWN = frozenset({TrustReason.REPLAYED.value, TrustReason.WRONG_DEVICE.val
 
 
 def _reported(loaded: Loaded | None, record: ModelRecord) -> ReportedModel:
+    slots = ReportedModel(
+        active=0,
+        previous=0 if record.previous is None else record.previous.version,
+        previous_sha256="" if record.previous is None else record.previous.sha256,
+        order=record.order,
+    )
     if loaded is None:
-        return ReportedModel(active=0, order=record.order)
+        return slots
     counters = loaded.counters
-    return ReportedModel(
+    return msgspec.structs.replace(
+        slots,
         active=loaded.manifest.version,
         active_sha256=loaded.manifest.artifact.sha256,
         windows=counters.windows,
@@ -473,5 +477,4 @@ def _reported(loaded: Loaded | None, record: ModelRecord) -> ReportedModel:
         latency_ms_p50=counters.latency_ms(0.5),
         latency_ms_p99=counters.latency_ms(0.99),
         score_mean=counters.score_sum / counters.scores if counters.scores else 0.0,
-        order=record.order,
     )

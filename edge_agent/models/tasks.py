@@ -89,7 +89,7 @@ class Tasks:
         )
 
     def _verify(self, record: ModelRecord, sequence: int, cancel: Cancel) -> Event:
-        assert record.envelope is not None
+        assert record.envelope is not None and record.assignment is not None
         # Without what was seen of this model: that is this very order.
         try:
             (opened,) = parent.verify_orders(self._request((record.envelope,), {}), cancel)
@@ -99,8 +99,10 @@ class Tasks:
             why = f"{opened.reason}: {opened.message}"
             return Ended(sequence, DeviceState.REJECTED, why) if opened.final else Later(sequence, why)
         manifest = opened.manifest
-        if manifest is None or opened.assignment != record.assignment:
+        if opened.assignment != record.assignment or (manifest is None) != (record.assignment.version == 0):
             return Ended(sequence, DeviceState.REJECTED, "the order as it was kept is another one; start it again")
+        if manifest is None:
+            return Verified(sequence, None)
         data = msgspec.json.encode(manifest)
         self._store.make_room(len(data), ())
         kept = self._store.put(data)

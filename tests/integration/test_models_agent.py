@@ -148,7 +148,7 @@ def test_a_release_is_tried_committed_and_its_successor_goes_through_the_shadow(
     second = device.house.release(model(threshold=1.0), version=2)
     order = device.order(second)
     told = device.wait(DeviceState.COMMITTED, order.sequence)
-    assert told.active == 2
+    assert (told.active, told.previous, told.previous_sha256) == (2, 1, first.artifact.sha256)
     assert told.order.compared >= 3
     device.answers(2)
     wait_until(lambda: "committed" in device.states(order.sequence), PATIENCE_S, "the events")
@@ -334,6 +334,11 @@ def test_the_factorys_model_answers_from_the_first_start_until_a_release_is_comm
     order = device.order(device.house.release(model(), version=8))
     told = device.wait(DeviceState.COMMITTED, order.sequence)
     assert (told.active, told.order.compared >= 3) == (8, True)  # it was compared with the factory's
+    assert (told.previous, told.previous_sha256) == (0, "")
+    # Back to before any order: the factory's answers again, and is not silenced.
+    told = device.wait(DeviceState.COMMITTED, device.order(None).sequence)
+    assert told.previous == 8
+    device.answers(7)
 
 
 def test_a_clock_years_behind_waits_for_the_time_and_follows_nothing(device_of: Callable[..., Device]) -> None:

@@ -64,7 +64,7 @@ sequences, versions, few = st.integers(1, 6), st.integers(0, 4), st.integers(0, 
 events = st.one_of(
     st.builds(ordered, sequences, versions),
     st.builds(lambda s, v, final: NotOpened(assignment(s, v), "why", final), sequences, versions, st.booleans()),
-    st.builds(lambda s, v: Verified(s, release(v)), sequences, st.integers(1, 4)),
+    st.builds(lambda s, v: Verified(s, release(v) if v else None), sequences, st.integers(0, 4)),
     st.builds(Done, sequences, st.sampled_from(Job)),
     st.builds(Later, sequences, st.just("why")),
     st.builds(Ended, sequences, st.sampled_from([DeviceState.REJECTED, DeviceState.FAILED]), st.just("why")),
@@ -87,7 +87,7 @@ def test_whatever_happens_the_record_stays_legal(history) -> None:
         made = step(record, event, now_us)
         record = made.record
         assert decode_record(encode_record(record)) == record
-        # Only a commit, an order to run none, and a break of the active one itself touch it.
+        # Only a commit, and a break of the active one itself touch it.
         if record.active != before.active:
             committed = record.order is not None and record.order.state is DeviceState.COMMITTED
             assert committed or isinstance(event, ActiveBroken | ActiveLoading)
@@ -189,13 +189,29 @@ def test_a_replay_changes_nothing_and_a_newer_order_supersedes() -> None:
     assert step(made.record, ordered(1, 4, key="new"), NOW_US).record.assignment.version == 4
 
 
-def test_an_order_for_none_and_an_order_for_what_runs_need_no_work() -> None:
+def test_an_order_for_what_is_so_already_needs_no_work() -> None:
     record = ModelRecord(model="m", active=release(1))
     same = walked(record, ordered(1, 1))
     assert (same.order.state, work(same).job) == (DeviceState.COMMITTED, None)
-    none = walked(same, ordered(2, 0))
-    assert (none.active, none.removed, none.previous) == (None, True, release(1))
-    assert (none.order.state, work(none).active) == (DeviceState.COMMITTED, None)
+    none = walked(ModelRecord(model="m", previous=release(3)), ordered(1, 0))
+    assert (none.order.state, work(none).job, none.previous) == (DeviceState.COMMITTED, None, release(3))
+
+
+def test_an_order_for_version_0_is_proven_by_the_newest_keys_before_the_active_release_goes() -> None:
+    record = walked(ModelRecord(model="m", active=release(1)), ordered(1, 0))
+    assert (record.order.state, work(record).job, record.active) == (DeviceState.ASSIGNED, Job.VERIFY, release(1))
+    refused = walked(record, Ended(1, DeviceState.REJECTED, "bad_signature: taken back"))
+    assert (refused.order.state, refused.active) == (DeviceState.REJECTED, release(1))
+    made = step(record, Verified(1, None), NOW_US)
+    assert made.durable
+    none = made.record
+    assert (none.order.state, none.active, none.previous) == (DeviceState.COMMITTED, None, release(1))
+    # What was active before the next release is none, too: it must not bring back what was taken away.
+    after = walked(
+        none, ordered(2, 2), Verified(2, release(2)), *(Done(2, job) for job in list(Job)[1:]), Loading(2, beside=False)
+    )
+    after = walked(after, Scored(2, 0, 3, 0, 0, 0))
+    assert (after.active, after.previous) == (release(2), None)
 
 
 def test_an_active_model_that_keeps_ending_the_agent_gives_way_to_the_one_before() -> None:

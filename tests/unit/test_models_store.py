@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -284,6 +285,11 @@ def test_two_agents_cannot_share_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="another agent"):
         opened(tmp_path)
     kept.close()
+
+
+def test_a_record_of_an_agent_that_could_silence_a_model_is_read(tmp_path: Path) -> None:
+    old = msgspec.json.encode({"v": 1, "model": "m", "removed": True, "active_starts": 2})
+    assert decode_record(b"%08x\n" % zlib.crc32(old) + old) == ModelRecord(model="m", active_starts=2)
 
 
 def test_a_record_survives_its_own_encoding() -> None:
