@@ -93,6 +93,8 @@ def read_file(path: Path, stream: str, columns: Columns, unit: str = "us", devic
             f"{path} has no column {', '.join(lacking)}; it has {', '.join(table.column_names)}: say which is which "
             "with --columns device=…,start=…,end=…,label=…"
         )
+    if doubled := [name for name in wanted if table.column_names.count(name) > 1]:
+        raise ConfigurationError(f"{path} has more than one column {', '.join(doubled)}; rename the others")
     if table.num_rows > ROWS_MAX:
         raise ConfigurationError(f"{path} has {table.num_rows} rows, more than {ROWS_MAX}; import it in parts")
     # In a CSV the first line is the header.
@@ -100,7 +102,7 @@ def read_file(path: Path, stream: str, columns: Columns, unit: str = "us", devic
     rows: list[Row] = []
     faults: list[str] = []
     said: dict[tuple[str, int], tuple[str, int]] = {}
-    for line, values in enumerate(table.select(wanted).to_pylist(), first):
+    for line, values in enumerate(_rows_of(table.select(wanted), path), first):
         try:
             row = _row(values, stream, columns, UNITS_US[unit], device)
             key = row["device"], row["start"]
@@ -172,6 +174,19 @@ def _read(path: Path) -> pa.Table:
     except (OSError, ValueError, pa.ArrowException, msgspec.MsgspecError) as error:
         raise ConfigurationError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from error
     raise ConfigurationError(f"{path} is of no known kind; give .csv, .parquet, .json or .jsonl")
+
+
+def _rows_of(table: pa.Table, path: Path) -> list[dict[str, Any]]:
+    """Times finer than a microsecond, which Python's have not, are cut off."""
+    for number, field in enumerate(table.schema):
+        if pa.types.is_timestamp(field.type) and field.type.unit == "ns":
+            column = table.column(number).cast(pa.timestamp("us", field.type.tz), safe=False)
+            table = table.set_column(number, field.name, column)
+    try:
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except (OverflowError, ValueError) as error:
+        raise ConfigurationError(f"{path} has a time beyond the years 1 to 9999 ({error}); correct it") from error
+    return rows
 
 
 def _row(values: Mapping[str, Any], stream: str, columns: Columns, unit_us: int, device: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import structlog
 
 from contract.errors import HeadwaterError, TemporaryError
 from gateway.rollouts.actions import Person, create, name_of
@@ -47,6 +48,8 @@ LEARN_S_MAX = 150.0
 _ENDED = frozenset({RolloutState.SUCCEEDED, RolloutState.ABORTED, RolloutState.ROLLED_BACK})
 
 Found = TypeVar("Found")
+
+_log = structlog.get_logger()
 
 
 class RoadFailed(HeadwaterError):
@@ -113,6 +116,9 @@ class Road:
             pass  # whoever ends a demo early has seen enough
         except HeadwaterError as error:
             self.trouble = str(error)
+        except Exception as error:  # noqa: BLE001 - the demo must end, and not with a model that it does not have
+            _log.error("models_fault", exc_info=error)
+            self.trouble = f"unexpected {type(error).__name__}: {error}"
         finally:
             self.over.set()
 

@@ -18,6 +18,7 @@ from lake.query import Lake
 from tests.monitoring_parts import store_in
 
 START = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
+UNITS = {"ns": 1_000_000_000, "us": 1_000_000}
 START_US = 1_795_262_400_000_000
 
 
@@ -46,6 +47,27 @@ def test_every_format_gives_the_same_rows(tmp_path):
     pq.write_table(pa.table({"device": ["w-1"], "start": moments[0], "end": moments[1], "label": ["walk"]}), parquet)
     for path in (csv, naive, array, lines, parquet):
         assert read_file(path, "watch", Columns()) == [row()], path.name
+
+
+def test_times_of_parquet_may_be_finer_than_a_microsecond_but_not_beyond_the_calendar(tmp_path):
+    path = tmp_path / "ns.parquet"
+
+    def write(start, unit):
+        moments = pa.array([start, start + 60 * UNITS[unit]], pa.int64()).view(pa.timestamp(unit, "UTC"))
+        columns = {"device": ["w-1"], "start": moments[:1], "end": moments[1:], "label": ["walk"]}
+        pq.write_table(pa.table(columns), path, version="2.6")
+
+    write(START_US * 1_000 + 999, "ns")
+    assert read_file(path, "watch", Columns()) == [row()]
+    write(300_000_000_000_000_000, "us")
+    with pytest.raises(ConfigurationError, match=r"ns\.parquet has a time beyond the years 1 to 9999"):
+        read_file(path, "watch", Columns())
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    path = written(tmp_path, "a.csv", "device,start,end,label,label\nw-1,1,2,walk,run\n")
+    with pytest.raises(ConfigurationError, match="more than one column label; rename"):
+        read_file(path, "watch", Columns())
 
 
 def test_other_columns_another_unit_and_one_device_for_all(tmp_path):
