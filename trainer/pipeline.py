@@ -8,7 +8,13 @@ _SHAPE = ("name", "task", "data", "labels", "window", "split")
 
 DATASET = Step("dataset", "trainer.dataset:step", (), _SHAPE, pins="trainer.dataset:pins")
 CHECKS = Step("checks", "trainer.checks:step", (DATASET,), ("task", "split", "window", "checks"))
-SEARCH = Step("search", "trainer.search:step", (DATASET, CHECKS), ("task", "window", "features", "families", "search"))
+SEARCH = Step(
+    "search",
+    "trainer.search:step",
+    (DATASET, CHECKS),
+    ("task", "window", "features", "families", "search"),
+    after="trainer.search:forget",
+)
 EVALUATE = Step(
     "evaluate",
     "trainer.evaluate:step",

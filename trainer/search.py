@@ -5,13 +5,15 @@ and one of them may win. Then Optuna draws (TPE: Bergstra and others, 2011), fol
 behind the median of the trials before (`MedianPruner`). A trial that cannot be fitted is a failed trial with its
 reason; when every trial failed, the step fails with theirs.
 
-Each trial is kept in a journal in the work folder as it ends, so a search that was killed goes on where it stood.
+Each trial is kept in a journal in the work folder as it ends, so a search that was killed goes on where it stood. The
+journal goes when its search is published, or when another search begins.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +24,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import optuna
+import structlog
+from optuna.exceptions import OptunaError
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -30,11 +34,14 @@ from trainer.candidates import Candidate, Scorer, Trained, find_scorer, judge, t
 from trainer.errors import DataError, TrainingError
 from trainer.families import spaces_of
 from trainer.material import Material, make_material
+from trainer.provenance import packages, source_sha256
 from trainer.recipe import Range, Recipe, Scalar, Space
 from trainer.selection import rank
 from trainer.split import Split
 from trainer.steps import Outputs, StepContext
 from trainer.windowset import WindowSet
+
+_log = structlog.get_logger()
 
 Int64s = npt.NDArray[np.int64]
 Clock = Callable[[], float]
@@ -322,24 +329,43 @@ def _results(study: optuna.Study, recipe: Recipe) -> list[TrialResult]:
 
 def _open_study(journal: Path | None, recipe: Recipe, seed: int) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=0)
-    storage = None if journal is None else JournalStorage(JournalFileBackend(str(journal)))
-    study = optuna.create_study(
-        storage=storage, study_name="search", direction="maximize", load_if_exists=True, pruner=pruner
-    )
+    study = _study(None) if journal is None else _resumed(journal, recipe)
     # A search that goes on must not draw again what it drew before.
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.get_trials(deepcopy=False)))
     return study
 
 
+def _study(storage: JournalStorage | None) -> optuna.Study:
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=0)
+    return optuna.create_study(
+        storage=storage, study_name="search", direction="maximize", load_if_exists=True, pruner=pruner
+    )
+
+
+def _resumed(journal: Path, recipe: Recipe) -> optuna.Study:
+    """The study of a journal. What a power cut or a full disk left of a last line is cut off; a journal that is
+    damaged otherwise is dropped, and with it the trials it held."""
+    if journal.exists():
+        content = journal.read_bytes()
+        os.truncate(journal, content.rfind(b"\n") + 1)
+    try:
+        study = _study(JournalStorage(JournalFileBackend(str(journal))))
+        _results(study, recipe)
+    except (ValueError, LookupError, TypeError, AssertionError, msgspec.DecodeError, OptunaError) as error:
+        _log.warning("search_journal_dropped", journal=str(journal), error=f"{type(error).__name__}: {error}"[:300])
+        journal.unlink()
+        study = _study(JournalStorage(JournalFileBackend(str(journal))))
+    return study
+
+
 def journal_for(work: Path, dataset: WindowSet, recipe: Recipe, seed: int) -> Path:
-    """The journal of just these inputs; those of any others are removed.
+    """The journal of just these inputs, this code and these packages; those of any others are removed.
 
     Raises:
         OSError: the disk refused.
     """
     parts = [getattr(recipe, name) for name in ("task", "features", "families", "search", "split", "window")]
-    inputs = [dataset.sha256(), seed, msgspec.to_builtins(parts)]
+    inputs = [dataset.sha256(), seed, msgspec.to_builtins(parts), source_sha256(), packages()]
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     wanted = work / f"{JOURNAL_FILE}.{digest[:16]}"
     for path in work.glob(f"{JOURNAL_FILE}.*"):
@@ -361,7 +387,6 @@ def step(context: StepContext) -> Outputs:
     material.save(context.into)
     joblib.dump(trained, context.into / MODEL_FILE, compress=1)
     (context.into / RESULT_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(result)))
-    journal.unlink(missing_ok=True)
     return {
         "family": result.best.candidate.family,
         "params": result.best.candidate.params,
@@ -373,6 +398,16 @@ def step(context: StepContext) -> Outputs:
         "trials": len(result.trials),
         "stopped": result.stopped,
     }
+
+
+def forget(context: StepContext) -> None:
+    """Remove the journal of a search that is published.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    for path in context.work.glob(f"{JOURNAL_FILE}.*"):
+        path.unlink(missing_ok=True)
 
 
 def load_result(context: StepContext) -> tuple[SearchResult, Trained]:

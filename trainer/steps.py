@@ -119,6 +119,9 @@ class Step(NamedTuple):
     """Keys of the recipe that decide what comes out; a change of any other does not make it run again."""
     pins: str = ""
     """`module:name` of the function `(StepContext) -> versions by path` of the tables it reads; empty: none."""
+    after: str = ""
+    """`module:name` of a function `(StepContext) -> None` for what must not be done before the step is published: by
+    its run, or where that was killed or the function failed, by the next one, which skips the step. Empty: nothing."""
 
 
 class StepFile(msgspec.Struct, frozen=True):
@@ -147,6 +150,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, StepFile]
     logged: bool = False
     """Whether `control/evaluations` has it."""
+    finished: bool = False
+    """Whether what comes after publishing is done, too."""
 
 
 class Ran(NamedTuple):
@@ -175,7 +180,7 @@ def run_step(context: StepContext, step: Step, *, force: bool = False, keep_pins
     taken = before.pins if before is not None and keep_pins else None
     key, pinned = _key(context, step, taken)
     if before is not None and before.key == key and not force and _is_whole(context.work, before):
-        return Ran(_logged(context, before), skipped=True)
+        return Ran(_finished(context, step, before), skipped=True)
     started_at_us, began = time.time_ns() // 1_000, time.monotonic()
 
     def record(outputs: Outputs, files: dict[str, StepFile]) -> Record:
@@ -201,7 +206,7 @@ def run_step(context: StepContext, step: Step, *, force: bool = False, keep_pins
         remove(draft)
         _log_failure(context, record({}, {}), error)
         raise
-    return Ran(_logged(context, done), skipped=False)
+    return Ran(_finished(context, step, done), skipped=False)
 
 
 def _run(context: StepContext, step: Step, record: Callable[[Outputs, dict[str, StepFile]], Record]) -> Record:
@@ -317,18 +322,24 @@ def _load(name: str) -> Callable[[StepContext], Any]:
     return found
 
 
-def _logged(context: StepContext, record: Record) -> Record:
-    """The record, after `control/evaluations` has it too. What a crash or an absent store prevented is made up for at
-    the next run, which skips the step."""
-    if record.logged:
-        return record
-    Evaluations(context.store).append([_evaluation(context, record, "done", "")])
-    done = msgspec.structs.replace(record, logged=True)
+def _finished(context: StepContext, step: Step, record: Record) -> Record:
+    """The record, after `control/evaluations` has it and the step's `after` is done. What a crash or an absent store
+    prevented is made up for at the next run, which skips the step."""
     try:
-        write_durably(record_path(context.work, record.step), msgspec.json.format(msgspec.json.encode(done)))
+        if not record.logged:
+            Evaluations(context.store).append([_evaluation(context, record, "done", "")])
+            record = _noted(context, msgspec.structs.replace(record, logged=True))
+        if step.after and not record.finished:
+            _load(step.after)(context)
+            record = _noted(context, msgspec.structs.replace(record, finished=True))
     except OSError as error:
         raise DiskFullError(f"{context.work} cannot be written ({error}); make room there") from error
-    return done
+    return record
+
+
+def _noted(context: StepContext, record: Record) -> Record:
+    write_durably(record_path(context.work, record.step), msgspec.json.format(msgspec.json.encode(record)))
+    return record
 
 
 def _log_failure(context: StepContext, record: Record, error: HeadwaterError) -> None:

@@ -1,16 +1,18 @@
 """The search: families compared, budget and target kept, nothing lost by a kill, every failure said with its remedy.
 
-Mutants tried, each seen to fail here: the journal not read; folds that are not checked for classes; features ranked by
-the windows that judge.
+Mutants tried, each seen to fail here: the journal not read, or its torn line not cut; folds that are not checked for
+classes; features ranked by the windows that judge.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import count
 
 import numpy as np
 import pytest
+import structlog
 
 from contract.errors import ConfigurationError
 from tests.window_sets import drawn_recipe, drawn_windows
@@ -105,6 +107,48 @@ def test_a_journal_of_other_inputs_is_not_continued(tmp_path) -> None:
     other = journal_for(tmp_path, dataset, recipe, 2)
     assert other != first
     assert list(tmp_path.glob(f"{JOURNAL_FILE}.*")) == []
+
+
+def test_a_search_goes_on_after_a_torn_last_line(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_with(search=Search(metric="f1_macro", trials=4))
+    material, split = prepared(recipe)
+    journal = tmp_path / "journal"
+    search.search(material, split, recipe, 1, journal=journal)
+    with journal.open("ab") as file:
+        file.write(b'{"op_code":4,"wor')
+    fitted, whole = count(), search.train
+    monkeypatch.setattr(search, "train", lambda *arguments: (next(fitted), whole(*arguments))[1])
+    result, _ = search.search(material, split, recipe, 1, journal=journal)
+    assert len(result.trials) == 4
+    assert next(fitted) == 1  # the final fit: no trial was lost
+    json.loads(journal.read_bytes().splitlines()[-1])
+
+
+@pytest.mark.parametrize("damage", ["middle", "meaning"])
+def test_a_damaged_journal_is_dropped_and_said(damage: str, tmp_path) -> None:
+    recipe = recipe_with(search=Search(metric="f1_macro", trials=3))
+    material, split = prepared(recipe)
+    journal = tmp_path / "journal"
+    first, _ = search.search(material, split, recipe, 1, journal=journal)
+    content = journal.read_bytes()
+    if damage == "middle":
+        journal.write_bytes(content[:200] + bytes(40) + content[240:])
+    else:
+        journal.write_bytes(content.replace(b'"candidate"', b'"kandidate"'))
+    with structlog.testing.capture_logs() as logs:
+        again, _ = search.search(material, split, recipe, 1, journal=journal)
+    assert again == first
+    assert [line["event"] for line in logs] == ["search_journal_dropped"]
+
+
+def test_a_search_is_not_continued_by_other_code_or_other_packages(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, recipe = drawn_windows(), recipe_with()
+    found = [journal_for(tmp_path, dataset, recipe, 1)]
+    monkeypatch.setattr(search, "source_sha256", lambda: "0" * 64)
+    found.append(journal_for(tmp_path, dataset, recipe, 1))
+    monkeypatch.setattr(search, "packages", lambda: {"scikit-learn": "0"})
+    found.append(journal_for(tmp_path, dataset, recipe, 1))
+    assert len(set(found)) == 3
 
 
 def test_a_trial_that_fails_says_why_and_the_others_go_on() -> None:

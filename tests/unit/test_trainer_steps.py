@@ -266,6 +266,27 @@ def test_a_run_that_the_lake_did_not_take_is_added_by_the_next(
     assert Evaluations(context.store).read().column("run").to_pylist() == [again.record.run]
 
 
+def after(context: StepContext) -> None:
+    CALLS.append("after")
+    assert read_record(context.work, "first").files
+    if "after" in WRITES:
+        raise WRITES["after"]
+
+
+def test_what_comes_after_publishing_is_done_once_and_made_up_for_by_the_next_run(context: StepContext) -> None:
+    step = FIRST._replace(after=f"{HERE}:after")
+    WRITES["after"] = TemporaryError("away")
+    for _ in range(2):
+        with pytest.raises(TemporaryError):
+            run_step(context, step)
+    WRITES.clear()
+    ran = run_step(context, step)
+    assert ran.skipped
+    assert run_step(context, step).record == ran.record
+    assert CALLS == ["first", "after", "after", "after"]
+    assert Evaluations(context.store).read().num_rows == 1
+
+
 def test_one_process_works_in_a_folder_at_a_time(tmp_path: Path) -> None:
     with (
         locked(tmp_path / "a"),
