@@ -203,9 +203,9 @@ class ModelService:
     def _open_orders(self, now_s: float) -> None:
         with self._arrived_lock:
             arrived, self._arrived = self._arrived, None
-        if arrived is not None:
-            self._payload, self._open_at_s = arrived, now_s
-            self._open_backoff.reset()
+            if arrived is not None:
+                self._payload, self._open_at_s = arrived, now_s
+                self._open_backoff.reset()
         if self._payload is None or now_s < self._open_at_s or not self._orders.idle:
             return
         payload, self._payload = self._payload, None
@@ -250,7 +250,7 @@ class ModelService:
 
     def _open_again(self, payload: bytes) -> None:
         with self._arrived_lock:
-            if self._arrived is None:
+            if self._arrived is None and self._payload is None:  # else newer ones came meanwhile
                 self._payload = payload
                 self._open_at_s = self._clock.monotonic_s() + self._open_backoff.next_delay_s()
 

@@ -13,6 +13,7 @@ The factory's folder holds `<name>.json`, a manifest, and beside it `<sha256>.on
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -26,7 +27,7 @@ import msgspec
 import structlog
 
 from contract.errors import ConfigurationError, HeadwaterError, Reason, Rejected, TemporaryError
-from contract.models import MANIFEST_BYTES_MAX, MODEL_BYTES_MAX, MODELS_MAX, Manifest, check_manifest
+from contract.models import MANIFEST_BYTES_MAX, MODEL_BYTES_MAX, MODELS_MAX, Artifact, Manifest, check_manifest
 from contract.names import is_name
 from edge_agent.models.disk import Disk, LocalDisk
 from edge_agent.models.record import RECORD_BYTES_MAX, ModelRecord, decode_record, encode_record
@@ -44,7 +45,7 @@ class StoreUnavailableError(TemporaryError):
 
 
 class NoRoomError(HeadwaterError):
-    """What is needed does not fit beside what is in use; only a person can make room."""
+    """What is needed does not fit under the configured cap beside what is in use; only a person can raise it."""
 
 
 class FactoryRelease(NamedTuple):
@@ -85,6 +86,7 @@ class ReleaseStore:
         self.metadata = folder / "metadata"
         """For the verifying child."""
         self._lock = threading.RLock()
+        self._unreadable: set[Path] = set()
         try:
             for each in (self._content, self._partial, self._records, self.metadata):
                 self._disk.make_folder(each)
@@ -216,16 +218,12 @@ class ReleaseStore:
             keep: hashes that stay, beside those of all slots.
 
         Raises:
-            NoRoomError: it does not fit even so.
+            NoRoomError: it does not fit under the cap even so.
+            StoreUnavailableError: the disk has too little free, or does not say.
         """
         with self._lock:
-            kept = set(keep) | {
-                sha256
-                for record in self._in_use.values()
-                for release in record.releases()
-                for sha256 in (release.sha256, release.manifest)
-            }
-            files = sorted(_files(self._content) + _files(self._partial), key=lambda each: each.modified_s)
+            kept = set(keep) | self._referred()
+            files = sorted(self._files(), key=lambda each: each.modified_s)
             used, count = sum(each.size for each in files), len(files)
             for each in files:
                 fits = used + bytes_needed <= self._bytes_max and self._free() >= bytes_needed + FREE_BYTES_MIN
@@ -240,11 +238,38 @@ class ReleaseStore:
                     "raise it"
                 )
             if self._free() < bytes_needed + FREE_BYTES_MIN:
-                raise NoRoomError(f"{bytes_needed} bytes do not fit: the disk has {self._free()} free; free some space")
+                raise StoreUnavailableError(
+                    f"{bytes_needed} bytes do not fit: the disk has {self._free()} free; free some space"
+                )
 
     def used_bytes(self) -> int:
         """Of content and half downloads."""
-        return sum(each.size for each in _files(self._content) + _files(self._partial))
+        return sum(each.size for each in self._files())
+
+    def _referred(self) -> set[str]:
+        """Hashes of what records refer to, and of what their candidates still need beside the model."""
+        found = set()
+        for record in self._in_use.values():
+            for release in record.releases():
+                found |= {release.sha256, release.manifest}
+            if record.candidate is not None and (data := self.read(record.candidate.manifest)) is not None:
+                with contextlib.suppress(ConfigurationError):
+                    found |= {artifact.sha256 for artifact in artifacts_of(decode_manifest(data))}
+        return found
+
+    def _files(self) -> list[_File]:
+        """Of content and half downloads. A folder that cannot be read counts as empty, and is told once."""
+        found: list[_File] = []
+        for folder in (self._content, self._partial):
+            try:
+                found += _listed(folder)
+            except OSError as error:
+                if folder not in self._unreadable:
+                    self._unreadable.add(folder)
+                    self._trouble(f"the folder {folder.name} cannot be read ({error}); check the disk")
+            else:
+                self._unreadable.discard(folder)
+        return found
 
     def _enter(self, partial: Path, sha256: str) -> None:
         try:
@@ -276,8 +301,10 @@ class ReleaseStore:
     def _free(self) -> int:
         try:
             return shutil.disk_usage(self._content).free
-        except OSError:
-            return 0
+        except OSError as error:
+            raise StoreUnavailableError(
+                f"{self._content} does not say what is free ({error}); check the disk"
+            ) from error
 
     # The factory.
 
@@ -311,6 +338,11 @@ class _File(NamedTuple):
     modified_s: float
 
 
+def artifacts_of(manifest: Manifest) -> list[Artifact]:
+    """What a device needs of a release."""
+    return [manifest.artifact, *([manifest.probe.artifact] if manifest.probe is not None else [])]
+
+
 def decode_manifest(data: bytes) -> Manifest:
     """A manifest, checked.
 
@@ -333,14 +365,15 @@ def _read(path: Path, bytes_max: int) -> bytes:
     return data
 
 
-def _files(folder: Path) -> list[_File]:
+def _listed(folder: Path) -> list[_File]:
     found = []
-    for entry in os.scandir(folder):
-        try:
-            status = entry.stat(follow_symlinks=False)
-        except OSError:
-            continue
-        found.append(_File(Path(entry.path), status.st_size, status.st_mtime))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except OSError:
+                continue
+            found.append(_File(Path(entry.path), status.st_size, status.st_mtime))
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from contract.errors import HeadwaterError, TemporaryError
-from contract.models import Artifact, DeviceState, Manifest
+from contract.models import DeviceState, Manifest
 from edge_agent.models import parent
 from edge_agent.models.child import Opened, OpenRequest, ProbeRequest
 from edge_agent.models.download import Cancel, Timeouts, WrongContentError, download
@@ -19,7 +19,7 @@ from edge_agent.models.parent import CancelledError, ChildFailedError
 from edge_agent.models.precheck import Surroundings, precheck
 from edge_agent.models.record import ModelRecord, Release
 from edge_agent.models.settings import ModelsSettings
-from edge_agent.models.store import ReleaseStore, decode_manifest
+from edge_agent.models.store import ReleaseStore, artifacts_of, decode_manifest
 
 VERIFY_DEADLINE_S = 180.0
 
@@ -115,16 +115,16 @@ class Tasks:
         finding = precheck(manifest, self._surroundings(manifest))
         if finding is not None:
             return Ended(sequence, DeviceState.REJECTED, finding.why) if finding.final else Later(sequence, finding.why)
-        needed = [artifact for artifact in _artifacts(manifest) if not self._store.holds(artifact.sha256)]
-        self._store.make_room(sum(each.size for each in needed), [each.sha256 for each in _artifacts(manifest)])
+        needed = [artifact for artifact in artifacts_of(manifest) if not self._store.holds(artifact.sha256)]
+        self._store.make_room(sum(each.size for each in needed), [each.sha256 for each in artifacts_of(manifest)])
         return Done(sequence, Job.CHECK)
 
     def _download(self, record: ModelRecord, sequence: int, cancel: Cancel) -> Event:
         manifest, store = self._manifest(record), self._store
         if manifest is None:
             return _lost(sequence)
-        keep = [each.sha256 for each in _artifacts(manifest)]
-        for artifact in _artifacts(manifest):
+        keep = [each.sha256 for each in artifacts_of(manifest)]
+        for artifact in artifacts_of(manifest):
             if store.holds(artifact.sha256):
                 continue
             store.make_room(0, keep)
@@ -157,11 +157,6 @@ class Tasks:
             return None
         data = self._store.read(record.candidate.manifest)
         return None if data is None else decode_manifest(data)
-
-
-def _artifacts(manifest: Manifest) -> list[Artifact]:
-    """What a device needs of a release."""
-    return [manifest.artifact, *([manifest.probe.artifact] if manifest.probe is not None else [])]
 
 
 def _lost(sequence: int) -> Event:

@@ -7,6 +7,7 @@ folder not synced after the rename of a record; the record written in place.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import zlib
@@ -18,13 +19,13 @@ import pytest
 from msgspec.structs import replace
 
 from contract.errors import ConfigurationError
-from contract.models import Assignment, DeviceState
+from contract.models import Artifact, Assignment, Dataset, DeviceState, Manifest, Probe, Window
 from edge_agent.models import lifecycle, store
 from edge_agent.models.disk import LocalDisk
 from edge_agent.models.lifecycle import Done, Job, Loading, Ordered, Scored, Step, Stopping, Verified
 from edge_agent.models.orders import Seen
 from edge_agent.models.record import ModelRecord, Release, decode_record, encode_record
-from edge_agent.models.store import NoRoomError, ReleaseStore
+from edge_agent.models.store import NoRoomError, ReleaseStore, StoreUnavailableError
 
 BIG = 1 << 30
 
@@ -98,6 +99,28 @@ def sha(data: bytes) -> str:
 
 MODELS = {version: b"model %d" % version * 50 for version in (1, 2, 3)}
 MANIFESTS = {version: b'{"manifest": %d}' % version for version in (1, 2, 3)}
+
+
+MANIFEST = Manifest(
+    model="m",
+    version=1,
+    artifact=Artifact(sha256="a" * 64, size=1),
+    task="anomaly",
+    stream="s",
+    fields=("x",),
+    dtypes=("double",),
+    window=Window(rows=8, stride=4, gap_s=1.0),
+    sample_rate_hz=None,
+    features=(),
+    family="test",
+    metrics=(),
+    dataset=Dataset(streams={}, sha256="0" * 64, windows=1),
+    recipe="",
+    code="test",
+    seed=0,
+    packages={},
+    created_at_us=0,
+)
 
 
 def release(version: int) -> Release:
@@ -273,11 +296,50 @@ def test_the_cap_evicts_what_nobody_refers_to_and_nothing_else(tmp_path: Path) -
         kept.make_room(900_000, [loose[0]])
 
 
-def test_a_disk_that_is_nearly_full_takes_no_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_nearly_full_or_silent_takes_no_release_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept, _ = opened(tmp_path)
-    monkeypatch.setattr(store, "FREE_BYTES_MIN", 1 << 60)
-    with pytest.raises(NoRoomError, match="free some space"):
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "FREE_BYTES_MIN", 1 << 60)
+        with pytest.raises(StoreUnavailableError, match="free some space"):
+            kept.make_room(1, ())
+    loose = kept.put(b"loose")
+
+    def failing(path: Path) -> None:
+        raise OSError(errno.EIO, "a failing card")
+
+    monkeypatch.setattr(shutil, "disk_usage", failing)
+    with pytest.raises(StoreUnavailableError, match="a failing card"):
         kept.make_room(1, ())
+    assert kept.holds(loose)  # nothing was thrown away for it
+
+
+def test_a_folder_that_cannot_be_read_counts_as_empty_and_is_told_once(tmp_path: Path) -> None:
+    kept, troubles = opened(tmp_path)
+    kept.put(b"12345")
+    away = tmp_path / "away"
+    (tmp_path / "content").rename(away)
+    assert [kept.used_bytes() for _ in range(3)] == [0, 0, 0]
+    assert len(troubles) == 1
+    assert "folder content cannot be read" in troubles[0]
+    away.rename(tmp_path / "content")
+    assert kept.used_bytes() == 5
+
+
+def test_another_models_download_leaves_the_probe_of_a_candidate_alone(tmp_path: Path) -> None:
+    kept, _ = opened(tmp_path, bytes_max=1 << 20)
+    windows = kept.put(b"w" * 400_000)
+    probe = Probe(artifact=Artifact(sha256=windows, size=400_000), score_tolerance=0.0)
+    manifest = kept.put(msgspec.json.encode(replace(MANIFEST, probe=probe)))
+    candidate = Release(version=1, sha256=MANIFEST.artifact.sha256, manifest=manifest)
+    kept.save(ModelRecord(model="m", candidate=candidate))
+    with pytest.raises(NoRoomError):
+        kept.make_room(800_000, ())
+    assert kept.holds(windows)
+    kept.save(ModelRecord(model="m"))
+    kept.make_room(800_000, ())
+    assert not kept.holds(windows)
 
 
 def test_two_agents_cannot_share_a_folder(tmp_path: Path) -> None:
