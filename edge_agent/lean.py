@@ -19,8 +19,8 @@ def spare_memory(config: Path) -> None:
     """Call it first of all, before anything imports pyarrow or structlog.
 
     Arrow's own heap is for larger work than batches (4 MB). structlog loads rich where it is installed, for tracebacks
-    that an agent never prints (6 MB). pyarrow loads numpy where it is installed (11 MB); it is kept from that for good
-    where no driver can want it.
+    that an agent never prints (6 MB), and asyncio, for methods that nobody awaits here (1 MB). pyarrow loads numpy
+    where it is installed (11 MB); it is kept from that for good where no driver can want it.
 
     Args:
         config: the agent.toml, only looked at for its drivers; what is wrong with it is told later.
@@ -28,12 +28,13 @@ def spare_memory(config: Path) -> None:
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     if "pyarrow" not in sys.modules and _drivers(config) <= WITHOUT_NUMPY:
         _forbid("numpy")
-    if "structlog" not in sys.modules and "rich" not in sys.modules:
+    if not {"structlog", "rich", "asyncio"} & sys.modules.keys():
         _forbid("rich")
+        sys.modules["asyncio"] = ModuleType("asyncio")  # structlog needs the name; the real one is there for others
         try:
             import structlog  # noqa: F401 - imported now for what it loads
         finally:
-            del sys.modules["rich"]
+            del sys.modules["rich"], sys.modules["asyncio"]
 
 
 def give_back_memory() -> None:
