@@ -79,7 +79,7 @@ class Spec(_Table, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_d
     sha256: Sha256
     """Of the release's ONNX file."""
     previous: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    """What a rollback assigns; 0 is none. Not given: what each device was ordered to run before."""
+    """What a rollback assigns; 0 is none. Not given: what each device says that it ran before."""
     previous_sha256: str = ""
     target: Selection = Selection()
     stages: tuple[Stage, ...]

@@ -73,6 +73,7 @@ class SimulatedDevice:
         tags: what it says it is.
         fate: how orders end on it.
         figures: members of `ReportedModel` that it reports while a version is active, by version.
+        refuses: whether an order is rejected now; it may be followed when it comes again.
     """
 
     def __init__(
@@ -82,22 +83,30 @@ class SimulatedDevice:
         tags: tuple[str, ...] = (),
         fate: Fate = commits,
         figures: Mapping[int, Mapping[str, Any]] | None = None,
+        refuses: Callable[[Assignment], bool] = lambda order: False,
     ) -> None:
-        self.name, self.tags, self.fate = name, tags, fate
+        self.name, self.tags, self.fate, self.refuses = name, tags, fate, refuses
         self.figures = figures or {}
         self.read: list[Assignment] = []
         """Every order that it followed, as it came."""
         self.active: dict[str, int] = {}
         """Version of each model; survives restarts, like `_latest`."""
+        self.previous: dict[str, int] = {}
+        """Version that was active before."""
+        self.before: dict[str, int] = {}
+        """By rollout: what was active when its first order was read."""
         self._latest: dict[str, tuple[Assignment, DeviceState, str]] = {}
 
     def receive(self, order: Assignment) -> bool:
         """Whether the order is new, and is followed."""
         assert order.device == self.name
         latest = self._latest.get(order.model)
-        if latest is not None and order.sequence <= latest[0].sequence:
+        again = latest is not None and order.sequence == latest[0].sequence and latest[1] is DeviceState.REJECTED
+        if latest is not None and order.sequence <= latest[0].sequence and not again:
             return False
-        self.read.append(order)
+        if not again:
+            self.read.append(order)
+            self.before.setdefault(order.rollout, self.active.get(order.model, 0))
         self._latest[order.model] = order, DeviceState.ASSIGNED, ""
         return True
 
@@ -132,7 +141,15 @@ class SimulatedDevice:
                 since_us=now_us,
             )
             figures: dict[str, Any] = {"windows": 100, "latency_ms_p99": 3.0} | dict(self.figures.get(version, {}))
-            models[model] = ReportedModel(active=version, active_sha256=sha_of(version), order=said, **figures)
+            previous = self.previous.get(model, 0)
+            models[model] = ReportedModel(
+                active=version,
+                active_sha256=sha_of(version),
+                previous=previous,
+                previous_sha256=sha_of(previous),
+                order=said,
+                **figures,
+            )
         return Reported(
             revision=0,
             agent="simulated/1",
@@ -145,16 +162,23 @@ class SimulatedDevice:
         )
 
     def _next(self, order: Assignment, state: DeviceState) -> DeviceState | None:
+        if state is DeviceState.ASSIGNED and self.refuses(order):
+            return DeviceState.REJECTED
         if order.version in (0, self.active.get(order.model, 0)):
-            self.active[order.model] = order.version  # nothing to fetch or to try
+            self._activate(order)  # nothing to fetch or to try
             return DeviceState.COMMITTED
         after = WALK[WALK.index(state) + 1]
         if after is not DeviceState.COMMITTED:
             return after
         end = self.fate(order)
         if end is DeviceState.COMMITTED:
-            self.active[order.model] = order.version
+            self._activate(order)
         return end
+
+    def _activate(self, order: Assignment) -> None:
+        now = self.active.get(order.model, 0)
+        if now != order.version:
+            self.previous[order.model], self.active[order.model] = now, order.version
 
 
 def manifest_of(model: str) -> Manifest:

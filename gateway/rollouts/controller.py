@@ -308,7 +308,11 @@ class RolloutController:
                 functools.partial(self._standing, standing),
             )
         metrics.watch("rollout_devices_waiting", "Devices to be looked at for orders", lambda: self._publisher.waiting)
-        metrics.watch("rollout_devices_told", "Devices that have not read their order", lambda: self._publisher.told)
+        metrics.watch(
+            "rollout_devices_told",
+            "Devices that have not read their order, or may be told again",
+            lambda: self._publisher.told,
+        )
 
     def _standing(self, standing: Standing) -> float:
         return self._standings[standing]

@@ -66,6 +66,8 @@ class Tally(msgspec.Struct, kw_only=True):
     """What devices report that run another release of the model."""
     orders: list[ReportedOrder] = []
     """Orders of this rollout, as reported."""
+    back: Counter[str] = msgspec.field(default_factory=Counter)
+    """Devices that have read the order back, by the state they reported for it."""
 
     def __getitem__(self, standing: Standing) -> int:
         return self.standings[standing]
@@ -89,6 +91,12 @@ def took(rollout: Rollout, device: DeviceView) -> bool:
     """Whether a device has read an order of this rollout to run its release."""
     order = device.order
     return order is not None and order.rollout == rollout.name and order.sequence in rollout.stages
+
+
+def went_back(rollout: Rollout, device: DeviceView) -> bool:
+    """Whether a device has read the rollout's order back, and perhaps refused it."""
+    order = device.order
+    return order is not None and order.rollout == rollout.name and order.sequence == rollout.rollback
 
 
 def standing_of(rollout: Rollout, stage: int, device: DeviceView, *, excusing: bool) -> Standing:
@@ -130,6 +138,8 @@ def tally(rollout: Rollout, devices: Iterable[DeviceView], *, excusing: bool) ->
         model = device.model
         if model is not None and model.active and model.active != spec.version:
             found.others.append(model)
+        if device.order is not None and went_back(rollout, device):
+            found.back[device.order.state.value] += 1
         stage = stage_of(rollout.name, spec, device.name, device.tags, reached)
         if stage is None:
             if not took(rollout, device):

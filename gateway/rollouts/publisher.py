@@ -30,7 +30,7 @@ class Publish(Protocol):
 
 
 class _Told(NamedTuple):
-    orders: tuple[tuple[str, int], ...]
+    orders: tuple[tuple[str, int, int], ...]
     key: str
     connection: int
     at_s: float
@@ -75,7 +75,7 @@ class Publisher:
 
     @property
     def told(self) -> int:
-        """Devices that were told something that they have not read yet."""
+        """Devices that were told something that they have not read yet, or may still refuse and be told again."""
         return len(self._told)
 
     def aim(self, targets: Targets) -> None:
@@ -110,10 +110,12 @@ class Publisher:
             return True
         wanted = self._targets.of(name, device.tags, device.models)
         if not wanted.lacking and not wanted.withheld:
-            self._told.pop(name, None)
+            if not wanted.unsettled:
+                self._told.pop(name, None)
             return True
         now_s = self._clock_s()
-        telling = _Told(tuple((order.model, order.sequence) for order in wanted.orders), key, self._connection, now_s)
+        orders = tuple((order.model, order.sequence, order.version) for order in wanted.orders)
+        telling = _Told(orders, key, self._connection, now_s)
         told = self._told.get(name)
         same = told is not None and told._replace(at_s=now_s) == telling
         if told is not None and same and not self._again(device, wanted, now_s - told.at_s):

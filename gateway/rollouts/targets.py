@@ -6,16 +6,18 @@ device that was away for three rollouts gets one order, that of today.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from contract.models import DeviceState, ReportedModel, ReportedOrder, Trial
-from gateway.rollouts.evidence import DeviceView, took
+from contract.models import FINAL_STATES, DeviceState, ReportedModel, ReportedOrder, Trial
+from gateway.rollouts.evidence import DeviceView, took, went_back
 from gateway.rollouts.selection import stage_of
 from lake.rollouts import Rollout, RolloutBook, RolloutState
 
 _HOLDING = frozenset({RolloutState.PAUSED, RolloutState.ABORTED})
 """Gives orders to nobody, and takes none away from who has read one."""
+_INSISTING = frozenset({RolloutState.SUCCEEDED, RolloutState.ROLLED_BACK})
+"""Wants its orders followed, however often a device has refused them: nobody counts refusals as failures any more."""
 
 
 class Order(NamedTuple):
@@ -28,6 +30,8 @@ class Order(NamedTuple):
     rollout: str
     trial: Trial
     validity_s: float
+    insists: bool
+    """Whether it is given again to a device that refused it: it may have been refused for a passing reason."""
 
 
 class Wanted(NamedTuple):
@@ -35,12 +39,14 @@ class Wanted(NamedTuple):
 
     orders: tuple[Order, ...]
     lacking: bool
-    """Whether it has, as it last reported, not read one of them."""
+    """Whether it has, as it last reported, not read one of them, or refused one that insists."""
     withheld: bool
     """Whether an order was perhaps published that it shall not read any more."""
+    unsettled: bool
+    """Whether one that insists may still be refused: when it was told last is not to be forgotten yet."""
 
 
-NOTHING = Wanted((), False, False)
+NOTHING = Wanted((), False, False, False)
 
 
 class Targets:
@@ -68,7 +74,7 @@ class Targets:
             tags: what it says it is.
             models: what it last reported of each model.
         """
-        orders, lacking, withheld = [], False, False
+        orders, lacking, withheld, unsettled = [], False, False, False
         for model, rollouts in self._by_model.items():
             reported = models.get(model)
             view = DeviceView(name, tags, model=reported)
@@ -76,31 +82,42 @@ class Targets:
             withheld |= held
             if order is not None:
                 orders.append(order)
-                lacking |= not _has_read(order, None if reported is None else reported.order)
-        return Wanted(tuple(orders), lacking, withheld) if orders or withheld else NOTHING
+                lacking |= not _has_read(order, view.order)
+                unsettled |= not _is_settled(order, view.order)
+        return Wanted(tuple(orders), lacking, withheld, unsettled) if orders or withheld else NOTHING
 
 
 def _has_read(order: Order, latest: ReportedOrder | None) -> bool:
     """Whether the order that a device reported last is this one, or came after it.
 
-    An order that it refused proves nothing by its number: anybody may have written it.
+    An order that it refused proves nothing by a higher number: anybody may have written it.
     """
-    if latest is None or latest.sequence == order.sequence:
-        return latest is not None
-    return latest.sequence > order.sequence and latest.state is not DeviceState.REJECTED
+    if latest is None:
+        return False
+    if latest.state is DeviceState.REJECTED:
+        return latest.sequence == order.sequence and not order.insists
+    return latest.sequence >= order.sequence
 
 
-def _decided(rollouts: Iterable[Rollout], device: DeviceView) -> tuple[Order | None, bool]:
+def _is_settled(order: Order, latest: ReportedOrder | None) -> bool:
+    if not order.insists or latest is None or latest.sequence != order.sequence:
+        return True
+    return latest.state in FINAL_STATES and latest.state is not DeviceState.REJECTED
+
+
+def _decided(rollouts: Sequence[Rollout], device: DeviceView) -> tuple[Order | None, bool]:
     """The order of the first rollout that has a say, and whether one that holds was passed on the way."""
     withheld = False
-    rest = iter(rollouts)
-    for rollout in rest:
+    for rollout in rollouts:
         stage = stage_of(rollout.name, rollout.spec, device.name, device.tags, len(rollout.stages))
         has_read = took(rollout, device)
-        if stage is None and not has_read and not _went_back(rollout, device):
-            continue
         if rollout.rollback is not None:
-            return _back(rollout, rollout.rollback, rest, device), withheld
+            if has_read or went_back(rollout, device) or _still_runs(rollout, stage, device):
+                return _back(rollout, rollout.rollback, rollouts, device), withheld
+            withheld |= stage is not None
+            continue
+        if stage is None and not has_read:
+            continue
         if rollout.state in _HOLDING and not has_read:
             withheld = True
             continue
@@ -110,13 +127,24 @@ def _decided(rollouts: Iterable[Rollout], device: DeviceView) -> tuple[Order | N
     return None, withheld
 
 
-def _back(rollout: Rollout, sequence: int, older: Iterable[Rollout], device: DeviceView) -> Order:
+def _still_runs(rollout: Rollout, stage: int | None, device: DeviceView) -> bool:
+    """Whether a device runs the release by an order that it has read, though it reports another order since.
+
+    Such as the order back from a newer rollout, or a forged one that it refused.
+    """
+    order = device.order
+    if stage is None or device.model is None or order is None or device.model.active != rollout.spec.version:
+        return False
+    return order.sequence > rollout.began or order.state is DeviceState.REJECTED
+
+
+def _back(rollout: Rollout, sequence: int, rollouts: Sequence[Rollout], device: DeviceView) -> Order:
     """The order to run what was there before the rollout."""
     spec = rollout.spec
-    version, sha256 = spec.previous or 0, spec.previous_sha256
     if spec.previous is None:
-        before, _ = _decided((each for each in older if each.began < rollout.began), device)
-        version, sha256 = (0, "") if before is None else (before.version, before.sha256)
+        version, sha256 = _before(rollout, rollouts, device)
+    else:
+        version, sha256 = spec.previous, spec.previous_sha256
     # It was trusted before. Compared with the release that is being taken back, it could only lose.
     trial = Trial(
         shadow_windows=0, trial_windows=1, timeout_s=spec.trial.timeout_s, disagreement_share_max=1.0, nan_share_max=1.0
@@ -124,12 +152,26 @@ def _back(rollout: Rollout, sequence: int, older: Iterable[Rollout], device: Dev
     return _order(rollout, version, sha256, sequence)._replace(trial=trial)
 
 
-def _went_back(rollout: Rollout, device: DeviceView) -> bool:
-    """Whether the device has read the rollout's order back: it stays a member, whatever its tags say now."""
-    order = device.order
-    return order is not None and order.rollout == rollout.name and order.sequence == rollout.rollback
+def _before(rollout: Rollout, rollouts: Sequence[Rollout], device: DeviceView) -> tuple[int, str]:
+    """Version and hash of what a device ran before a rollout, as it says itself; 0 where that was none.
+
+    The answer stays the same while the device goes back, and what was active becomes what is previous.
+    """
+    model, order = device.model, device.order
+    if model is None or order is None:
+        return 0, ""
+    if went_back(rollout, device) and order.state is not DeviceState.REJECTED:
+        return order.version, order.sha256
+    # A release that was committed and is being loaded, or cannot be, is not yet reported as active.
+    loading = not model.active and took(rollout, device) and order.state is DeviceState.COMMITTED
+    if model.active != rollout.spec.version and not loading:
+        return model.active, model.active_sha256
+    # What a newer rollout brought, and took back, was not there before this one.
+    later = {each.spec.version for each in rollouts if each.began >= rollout.began}
+    return (0, "") if model.previous in later else (model.previous, model.previous_sha256)
 
 
 def _order(rollout: Rollout, version: int, sha256: str, sequence: int) -> Order:
     spec = rollout.spec
-    return Order(spec.model, version, sha256, sequence, rollout.name, spec.trial, spec.validity_s)
+    insists = rollout.state in _INSISTING
+    return Order(spec.model, version, sha256, sequence, rollout.name, spec.trial, spec.validity_s, insists)

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from contract.models import DeviceState
 from gateway.rollouts.evidence import Tally
 from gateway.rollouts.machine import deadline_us, hindrance, shown_stage
 from lake.rollouts import Rollout, RolloutEvent, RolloutState
@@ -63,6 +64,8 @@ def tally_json(rollout: Rollout, found: Tally) -> dict[str, Any]:
         "devices": found.counts(),
         "states": dict(found.states),
         "failures": found.failures,
+        "back": dict(found.back),
+        "back_refused": found.back[DeviceState.REJECTED.value],
         "waits_for": hindrance(rollout, found) if running else None,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -37,6 +38,10 @@ from tests.rollout_devices import MODEL, SimulatedDevice, sha_of
 
 S = 1_000_000
 WINDOWS = 100
+PEACE = "peace"
+"""The last rollout of each history."""
+REFUSALS_MAX = 2
+"""Of one order by one device, for reasons that pass."""
 
 
 class BrokenPromiseError(AssertionError):
@@ -150,6 +155,8 @@ class World:
         self.online = {name: self.chance(0.8) for name in self.devices}
         self.since_us = dict.fromkeys(self.devices, 1)
         self.retained: dict[str, bytes] = {}
+        self.unheard: set[str] = set()
+        """Devices to which the broker has yet to hand what it retained."""
         self.controllers = [Controller(self, f"gateway-{number}") for number in range(2)]
         self.checked = 0
         self._nested = False
@@ -169,7 +176,13 @@ class World:
 
         figures = {version: {"windows": WINDOWS, "errors": 60 if noisy else 1} for version, noisy in self.noisy.items()}
         tags = ("canary",) if self.chance(0.3) else ()
-        return SimulatedDevice(name, tags=tags, fate=fate, figures=figures)
+        refused: Counter[int] = Counter()
+
+        def refuses(order: Assignment) -> bool:
+            refused[order.sequence] += 1
+            return refused[order.sequence] <= REFUSALS_MAX and self.chance(0.05 if order.trial.shadow_windows else 0.3)
+
+        return SimulatedDevice(name, tags=tags, fate=fate, figures=figures, refuses=refuses)
 
     # What happens.
 
@@ -253,9 +266,10 @@ class World:
         device = self.devices[name]
         if not self.online[name]:
             return
-        if name in self.retained:
+        if name in self.retained and name in self.unheard:
             for envelope in decode(self.retained[name], Assignments).envelopes:
                 device.receive(msgspec.convert(envelope, Assignment))
+        self.unheard.discard(name)
         device.step()
 
     def report(self, name: str) -> None:
@@ -272,6 +286,7 @@ class World:
 
     def switch(self, name: str, online: bool) -> None:
         self.online[name], self.since_us[name] = online, self.now_us
+        self.unheard.add(name)
 
     def meddle(self) -> None:
         """A person does something, sensible or not."""
@@ -410,7 +425,11 @@ class World:
                 raise BrokenPromiseError(f"{name} is ordered {order.version} with sequence {order.sequence}")
             if order.version != rollout.spec.version and order.sequence != rollout.rollback:
                 raise BrokenPromiseError(f"{name} is ordered back to {order.version} without a rollback")
+            if order.sequence == rollout.rollback and order.version != device.before.get(rollout.name):
+                before = device.before.get(rollout.name, "never read an order of it")
+                raise BrokenPromiseError(f"{name} is ordered back to {order.version}, but before: {before}")
         self.retained[name] = payload
+        self.unheard.add(name)
 
     def check_end(self) -> None:
         """What every device runs at the end follows from the rows."""
@@ -435,15 +454,26 @@ class World:
                 mine = latest is not None and latest.rollout == newest.name
                 if latest is None or not mine or latest.version != newest.spec.version:
                     raise BrokenPromiseError(f"{newest.name} succeeded, but {device.name} last read {latest}")
-            if newest.state is RolloutState.ROLLED_BACK:
-                if latest is None or latest.sequence != newest.rollback:
-                    raise BrokenPromiseError(f"{newest.name} went back, but {device.name} last read {latest}")
-                if device.active.get(MODEL) == newest.spec.version and device.state() is DeviceState.COMMITTED:
-                    raise BrokenPromiseError(f"{newest.name} went back, but {device.name} runs {newest.spec.version}")
+                if device.state() is DeviceState.REJECTED:
+                    raise BrokenPromiseError(f"{newest.name} succeeded, but {device.name} was not asked again")
+            if newest.state is RolloutState.ROLLED_BACK and newest.name in device.before:
+                self.check_back(newest, device)
+
+    def check_back(self, rollout: Rollout, device: SimulatedDevice) -> None:
+        """Who read an order of a rollout that was taken back runs what it ran before."""
+        latest, state, runs = device.read[-1], device.state(), device.active.get(MODEL, 0)
+        if latest.rollout == rollout.name and latest.sequence != rollout.rollback:
+            raise BrokenPromiseError(f"{rollout.name} went back, but {device.name} last read {latest}")
+        if state is DeviceState.REJECTED:
+            raise BrokenPromiseError(f"{rollout.name} went back, but {device.name} was not asked again")
+        if state is DeviceState.COMMITTED and runs != device.before[rollout.name]:
+            raise BrokenPromiseError(
+                f"{rollout.name} went back, but {device.name} runs {runs}, before: {device.before[rollout.name]}"
+            )
 
 
 def run(seed: int, steps: int = 250) -> World:
-    """A history: two releases, one after the other, in trouble; then peace.
+    """A history: two releases, one after the other, in trouble; perhaps both are taken back; a third one in peace.
 
     Raises:
         BrokenPromiseError: naming what did not hold.
@@ -460,4 +490,15 @@ def run(seed: int, steps: int = 250) -> World:
         world.step()
     world.settle()
     world.check_end()
+    if world.chance(0.3):
+        for rollout in sorted(world.book.rollouts.values(), key=lambda rollout: -rollout.began):
+            if world.person(act(Action.ROLLBACK, rollout.name, world.somebody())):
+                world.settle()
+                world.check_end()
+    patient = Stage(percent=100, committed_share_min=0.5, bake_s=0, max_wait_s=1_000.0, failure_share_max=1.0)
+    world.person(create(PEACE, Spec(model=MODEL, version=4, sha256=sha_of(4), stages=(patient,)), world.somebody()))
+    world.settle()
+    world.check_end()
+    if world.book.rollouts[PEACE].state is not RolloutState.SUCCEEDED:
+        raise BrokenPromiseError(f"a good release did not succeed: {world.book.rollouts[PEACE].reason}")
     return world

@@ -21,6 +21,7 @@ from gateway.rollouts.guard import broken
 from gateway.rollouts.machine import decide, survey
 from gateway.rollouts.selection import POINTS, is_target, point, stage_of
 from gateway.rollouts.targets import Targets
+from gateway.rollouts.telling import tally_json
 from lake.rollout_spec import STAGES_MAX, Guard, Selection, Stage, check_spec
 from lake.rollouts import EventKind, RolloutBook, RolloutEvent, RolloutRefused, RolloutState, fold
 from tests.rollout_devices import MODEL, numbered, sha_of, spec
@@ -77,7 +78,10 @@ def has(name, rollout, state, *, sequence=None, active=None, online=True, tags=(
     )
     if active is None:
         active = rollout.spec.version if state is DeviceState.COMMITTED else 0
-    return DeviceView(name, tags, online, 1, ReportedModel(active=active, order=order, **figures))
+    previous = figures.pop("previous", 0)
+    shas = {"active_sha256": sha_of(active), "previous_sha256": sha_of(previous)}
+    model = ReportedModel(active=active, previous=previous, order=order, **shas, **figures)
+    return DeviceView(name, tags, online, 1, model)
 
 
 def idle(name, *, online=True, presence_us=1, tags=(), active=0):
@@ -326,7 +330,7 @@ def test_going_back_is_a_new_sequence_of_the_release_before_and_is_trusted_as_it
         assert table.rollout(name).state is RolloutState.SUCCEEDED
     with pytest.raises(RolloutRefused, match="not the latest of wear: 'r2' is"):
         table.act(Action.ROLLBACK, "r1")
-    model = has("pi-1", table.rollout("r2"), DeviceState.COMMITTED).model
+    model = has("pi-1", table.rollout("r2"), DeviceState.COMMITTED, previous=1).model
     assert table.act(Action.ROLLBACK, "r2") == [EventKind.ROLLED_BACK]
     wanted = Targets(table.book).of("pi-1", (), {MODEL: model})
     [order] = wanted.orders
@@ -334,9 +338,103 @@ def test_going_back_is_a_new_sequence_of_the_release_before_and_is_trusted_as_it
     assert (order.version, order.sha256, order.sequence) == (1, sha_of(1), table.rollout("r2").rollback)
     assert order.sequence > table.rollout("r2").stages[0]
     assert (order.trial.shadow_windows, order.trial.nan_share_max, order.trial.disagreement_share_max) == (0, 1.0, 1.0)
+    assert not Targets(table.book).of("pi-1", (), {MODEL: read_back(model, order)}).lacking
+    assert Targets(table.book).of("pi-1", (), {MODEL: went_back(model, order)}).orders[0] == order, "it stays so"
     table.act(Action.ROLLBACK, "r1")
-    [order] = Targets(table.book).of("pi-1", (), {}).orders
+    [order] = Targets(table.book).of("pi-1", (), {MODEL: went_back(model, order)}).orders
     assert (order.version, order.sequence) == (0, table.rollout("r1").rollback), "one after the other, to nothing"
+
+
+def read_back(model, order, state=DeviceState.ASSIGNED):
+    """What a device reports that has read an order."""
+    changes = {"version": order.version, "sha256": order.sha256, "sequence": order.sequence, "rollout": order.rollout}
+    return msgspec.structs.replace(model, order=msgspec.structs.replace(model.order, state=state, **changes))
+
+
+def went_back(model, order):
+    """What a device reports that has followed an order back."""
+    return msgspec.structs.replace(
+        read_back(model, order, DeviceState.COMMITTED),
+        active=order.version,
+        active_sha256=order.sha256,
+        previous=model.active,
+        previous_sha256=model.active_sha256,
+    )
+
+
+def test_who_never_read_an_order_is_not_ordered_back_until_it_says_that_it_did():
+    """Mutants tried: all members go back; who has read nothing keeps what is retained."""
+    table = one_stage()
+    read = has("pi-1", table.rollout(), DeviceState.COMMITTED, previous=1).model
+    table.act(Action.ROLLBACK)
+    factory = ReportedModel(active=1, active_sha256=sha_of(1))
+    for unread in ({}, {MODEL: factory}):
+        wanted = Targets(table.book).of("pi-1", (), unread)
+        assert (wanted.orders, wanted.lacking, wanted.withheld) == ((), False, True)
+    [order] = Targets(table.book).of("pi-1", (), {MODEL: read}).orders
+    assert (order.version, order.sha256, order.sequence) == (1, sha_of(1), table.rollout().rollback)
+
+
+@pytest.mark.parametrize(
+    ("state", "active", "previous", "back"),
+    [
+        (DeviceState.COMMITTED, 2, 7, 7),
+        (DeviceState.COMMITTED, 2, 0, 0),
+        (DeviceState.TRIAL, 2, 7, 7),
+        (DeviceState.FAILED, 7, 6, 7),
+        (DeviceState.DOWNLOADING, 7, 6, 7),
+        (DeviceState.ROLLED_BACK, 7, 2, 7),
+        (DeviceState.FAILED, 0, 0, 0),
+        (DeviceState.COMMITTED, 0, 7, 7),
+        (DeviceState.REJECTED, 7, 6, 7),
+    ],
+)
+def test_the_order_back_is_what_the_device_ran_before_whatever_older_rollouts_became(state, active, previous, back):
+    """Also with an older rollout of release 7 that was aborted: the device runs it all the same."""
+    table = Table()
+    everybody = (Stage(percent=100, bake_s=0),)
+    table.create(spec(7, stages=everybody), "older")
+    table.decide(name="older")
+    table.act(Action.ABORT, "older")
+    table.create(spec(2, stages=everybody))
+    table.decide()
+    model = has("pi-1", table.rollout(), state, active=active, previous=previous).model
+    table.act(Action.ROLLBACK)
+    [order] = Targets(table.book).of("pi-1", (), {MODEL: model}).orders
+    assert (order.version, order.sha256) == (back, sha_of(back))
+    for said in (read_back(model, order), went_back(model, order)):
+        wanted = Targets(table.book).of("pi-1", (), {MODEL: said})
+        assert (wanted.orders, wanted.lacking) == ((order,), False), "it does not change while the device goes back"
+
+
+def test_an_order_that_was_refused_comes_again_once_nobody_judges_the_rollout_by_it():
+    """Mutants tried: never again; again while the rollout runs, is paused or aborted."""
+    table = one_stage(committed_share_min=0.5, failure_share_max=1.0)
+    rollout = table.rollout()
+    refused = has("pi-1", rollout, DeviceState.REJECTED)
+    others = [has(name, rollout, DeviceState.COMMITTED) for name in ("pi-2", "pi-3")]
+
+    def lacks(said) -> bool:
+        return Targets(table.book).of("pi-1", (), {MODEL: said}).lacking
+
+    assert not lacks(refused.model)
+    table.act(Action.PAUSE)
+    assert not lacks(refused.model)
+    table.act(Action.RESUME)
+    assert table.decide([refused, *others]) == [EventKind.SUCCEEDED]
+    assert lacks(refused.model)
+    assert not lacks(has("pi-1", rollout, DeviceState.FAILED).model)
+    assert not lacks(has("pi-1", rollout, DeviceState.PRECHECK).model)
+    table.act(Action.ROLLBACK)
+    [order] = Targets(table.book).of("pi-2", (), {MODEL: others[0].model}).orders
+    again = read_back(others[0].model, order, DeviceState.REJECTED)
+    assert lacks(again)
+    found = survey(table.rollout(), [others[0]._replace(model=again)], table.now_us)
+    assert tally_json(table.rollout(), found)["back_refused"] == 1
+    aborted = one_stage()
+    refused = has("pi-1", aborted.rollout(), DeviceState.REJECTED)
+    aborted.act(Action.ABORT)
+    assert not Targets(aborted.book).of("pi-1", (), {MODEL: refused.model}).lacking
 
 
 def test_going_back_names_the_release_that_was_given_or_none():
@@ -346,22 +444,24 @@ def test_going_back_names_the_release_that_was_given_or_none():
         table.act(Action.ABORT)
         table.create(order, "r3")
         table.decide(name="r3")
+        model = has("pi-1", table.rollout("r3"), DeviceState.COMMITTED).model
         table.act(Action.ABORT, "r3", rollback=True)
-        [back] = Targets(table.book).of("pi-1", (), {}).orders
+        [back] = Targets(table.book).of("pi-1", (), {MODEL: model}).orders
         assert (back.version, back.sha256) == (previous or 0, sha)
 
 
 def test_going_back_twice_does_not_end_at_a_release_that_was_taken_back():
     table = Table()
-    given = {2: {}, 3: {"previous": 2, "previous_sha256": sha_of(2)}}
-    for version, previous in given.items():
-        name = table.create(spec(version, stages=(Stage(percent=100, bake_s=0),), **previous), f"r{version}")
+    for version in (2, 3):
+        name = table.create(spec(version, stages=(Stage(percent=100, bake_s=0),)), f"r{version}")
         table.decide(name=name)
         table.decide([has("pi-1", table.rollout(name), DeviceState.COMMITTED)], name)
+    model = has("pi-1", table.rollout("r3"), DeviceState.COMMITTED, previous=2).model
     for name, version in (("r3", 2), ("r2", 0)):
         table.act(Action.ROLLBACK, name)
-        [order] = Targets(table.book).of("pi-1", (), {}).orders
+        [order] = Targets(table.book).of("pi-1", (), {MODEL: model}).orders
         assert (order.version, order.sequence) == (version, table.rollout(name).rollback)
+        model = went_back(model, order)
 
 
 def test_a_device_that_lost_its_tag_stays_in_the_rollout_whose_order_it_read():

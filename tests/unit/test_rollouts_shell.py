@@ -291,6 +291,48 @@ def test_an_order_goes_to_who_has_not_read_it_and_again_only_when_there_is_a_rea
     assert desk.publisher.told == 0
 
 
+def test_an_order_back_that_is_refused_at_once_each_time_comes_again_at_the_usual_pace():
+    """Mutant tried: what was told is forgotten as soon as the device has read it."""
+    desk = Desk()
+    simulated = SimulatedDevice("pi-1", refuses=lambda order: order.version == 0)
+    commits = begun()
+    book = fold([*numbered(commits[0], 0), *numbered(commits[1], 1)], 2)
+    back = act(Action.ROLLBACK, "r", ADA)(book)
+    desk.devices["pi-1"] = Device(name="pi-1", online=True)
+
+    def answers() -> int:
+        """Orders that the device got while it answered at once, again and again."""
+        before = len(desk.sent)
+        for _ in range(10):
+            desk.look()
+            for order in desk.sent[-1][1]:
+                if len(desk.sent) > before:
+                    simulated.receive(order)
+            desk.devices["pi-1"].models = simulated.reported().models
+            desk.look()
+            simulated.step()
+            desk.devices["pi-1"].models = simulated.reported().models
+        return len(desk.sent) - before
+
+    desk.aim(*commits)
+    assert answers() == 1
+    assert simulated.state() is DeviceState.COMMITTED
+    desk.aim(*commits, back)
+    assert answers() == 1
+    assert simulated.state() is DeviceState.REJECTED
+    desk.clock.pass_s(29)
+    assert answers() == 0
+    desk.clock.pass_s(1)
+    assert answers() == 1
+    simulated.refuses = lambda order: False
+    desk.clock.pass_s(30)
+    assert answers() == 1
+    assert (simulated.state(), simulated.active[MODEL]) == (DeviceState.COMMITTED, 0)
+    desk.clock.pass_s(1_000)
+    assert answers() == 0
+    assert desk.publisher.told == 0
+
+
 def test_an_order_that_waits_for_an_absent_device_is_signed_anew_before_it_expires():
     desk = Desk()
     desk.devices["pi-1"] = Device(name="pi-1", online=False)
