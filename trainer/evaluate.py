@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from contract.models import Window
 from trainer.candidates import Candidate, Trained, find_scorer, judge
 from trainer.errors import TrainingError
 from trainer.evaluation import Baseline, CurvePoint, DeviceFigures, Drift, Evaluation, anomalies, metrics_of
@@ -100,8 +101,8 @@ def evaluate(
     told = [
         Baseline(
             name=name,
-            alarms=_alarms(dataset, labelled, found, threshold, test),
-            alarms_all=_alarms(dataset, labelled, found, threshold, everything),
+            alarms=_alarms(dataset, recipe.window, labelled, found, threshold, test),
+            alarms_all=_alarms(dataset, recipe.window, labelled, found, threshold, everything),
         )
         for name, found, threshold in detectors
     ]
@@ -109,11 +110,18 @@ def evaluate(
 
 
 def _alarms(
-    dataset: WindowSet, labelled: Bools, scores: Float32s, threshold: float | None, rows: Int64s
+    dataset: WindowSet, window: Window, labelled: Bools, scores: Float32s, threshold: float | None, rows: Int64s
 ) -> AlarmFigures:
     flagged = np.asarray(labels_of(scores[rows], threshold or 0.0) == 1)
     return alarm_figures(
-        scores[rows], flagged, labelled[rows], dataset.devices[rows], dataset.starts_us[rows], dataset.ends_us[rows]
+        scores[rows],
+        flagged,
+        labelled[rows],
+        dataset.devices[rows],
+        dataset.starts_us[rows],
+        dataset.ends_us[rows],
+        # From the last reading of a window to the first of the next, each step being a gap at most.
+        apart_us=max(1, window.stride - window.rows + 1) * window.gap_us,
     )
 
 

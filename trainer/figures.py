@@ -75,7 +75,7 @@ class AlarmFigures(msgspec.Struct, frozen=True, kw_only=True):
     found: int
     """Of these, with at least one alarm."""
     alarms: int
-    """Stretches of windows above the threshold; those that touch or overlap are one."""
+    """Stretches of windows above the threshold; those that overlap, or follow upon each other, are one."""
     false_alarms: int
     """Of these, without one labelled window."""
     months: float
@@ -153,7 +153,13 @@ def calibration(chances: Float64s, truth: Int64s) -> tuple[list[CalibrationBin],
 
 
 def alarm_figures(
-    scores: Float32s, flagged: Bools, labelled: Bools, devices: npt.NDArray[np.str_], starts_us: Int64s, ends_us: Int64s
+    scores: Float32s,
+    flagged: Bools,
+    labelled: Bools,
+    devices: npt.NDArray[np.str_],
+    starts_us: Int64s,
+    ends_us: Int64s,
+    apart_us: int = 0,
 ) -> AlarmFigures:
     """Figures of a detector.
 
@@ -164,16 +170,17 @@ def alarm_figures(
         devices: `[N]`; windows of a device in the order of time.
         starts_us: `[N]`, of the first reading.
         ends_us: `[N]`, of the last.
+        apart_us: as of `stretches`.
     """
     events = found = alarms = false = 0
     observed = 0
     for device in np.unique(devices):
         mine = np.flatnonzero(devices == device)
         starts, ends = starts_us[mine], ends_us[mine]
-        for stretch in stretches(labelled[mine], starts, ends):
+        for stretch in stretches(labelled[mine], starts, ends, apart_us):
             events += 1
             found += bool(flagged[mine[stretch]].any())
-        for stretch in stretches(flagged[mine], starts, ends):
+        for stretch in stretches(flagged[mine], starts, ends, apart_us):
             alarms += 1
             false += not labelled[mine[stretch]].any()
         observed += _covered_us(starts, ends)
@@ -191,11 +198,21 @@ def alarm_figures(
     )
 
 
-def stretches(marked: Bools, starts_us: Int64s, ends_us: Int64s) -> list[Int64s]:
-    """Indices of marked windows, put together where they touch or overlap in time."""
+def stretches(marked: Bools, starts_us: Int64s, ends_us: Int64s, apart_us: int = 0) -> list[Int64s]:
+    """Indices of marked windows of one device, put together where they overlap or follow upon each other.
+
+    Args:
+        marked: `[N]`, in the order of time.
+        starts_us: `[N]`, of the first reading.
+        ends_us: `[N]`, of the last.
+        apart_us: how far the next window may begin after the end of one without a gap in between. Windows that do not
+            overlap share no reading: they are one reading's step apart, or several where the stride leaves some out.
+    """
     found: list[list[int]] = []
     for index in np.flatnonzero(marked).tolist():
-        if found and starts_us[index] <= ends_us[found[-1][-1]]:
+        before = found[-1][-1] if found else None
+        # Over a window that is not marked, only an overlap counts.
+        if before is not None and starts_us[index] - ends_us[before] <= (apart_us if index == before + 1 else 0):
             found[-1].append(index)
         else:
             found.append([index])

@@ -1,7 +1,8 @@
 """Figures of an evaluation, counted by hand.
 
-Mutants tried, each seen to fail here: alarms that overlap counted twice; an alarm that touches a labelled window
-counted as false; months of overlapping windows counted twice; calibration without weights.
+Mutants tried, each seen to fail here: alarms that overlap counted twice; alarms of neighbours that do not overlap; an
+alarm that goes on over a window without one; an alarm that touches a labelled window counted as false; months of
+overlapping windows counted twice; calibration without weights.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from contract.models import Window
 from trainer.figures import (
     MONTH_US,
     alarm_figures,
@@ -18,6 +20,7 @@ from trainer.figures import (
     rolling_z,
     stretches,
 )
+from trainer.windows import window_starts
 
 
 def test_classes_are_counted_as_by_hand() -> None:
@@ -55,6 +58,21 @@ def test_windows_that_touch_are_one_stretch() -> None:
     starts, ends = np.array([0, 5, 20, 40, 50]), np.array([10, 15, 30, 50, 60])
     marked = np.array([True, True, True, True, True])
     assert [part.tolist() for part in stretches(marked, starts, ends)] == [[0, 1], [2], [3, 4]]
+
+
+@pytest.mark.parametrize(("rows", "stride"), [(4, 4), (4, 6), (4, 2)])
+def test_neighbouring_windows_of_a_run_are_one_stretch_whatever_the_stride(rows: int, stride: int) -> None:
+    window = Window(rows=rows, stride=stride, gap_s=8.0)
+    ts = np.concatenate([np.arange(60), 100 + np.arange(30)]) * 1_000_000  # a gap of 40 s
+    first = window_starts(ts, window)
+    starts, ends = ts[first], ts[first + rows - 1]
+    apart_us = max(1, stride - rows + 1) * window.gap_us
+    runs = [part.tolist() for part in stretches(np.ones(len(first), bool), starts, ends, apart_us)]
+    assert [len(run) for run in runs] == [(60 - rows) // stride + 1, (30 - rows) // stride + 1]
+    marked = np.ones(len(first), bool)
+    marked[3] = False
+    if stride >= rows:  # else the windows before and after it overlap
+        assert len(stretches(marked, starts, ends, apart_us)) == 3
 
 
 def test_alarms_and_labelled_stretches_are_counted_as_by_hand() -> None:
