@@ -321,7 +321,6 @@ def fit(family: Family, estimator: Any, features: Float32s, labels: Int64s | Non
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.utils.class_weight import compute_sample_weight
-    from threadpoolctl import threadpool_limits
 
     if family.rows_max is not None and len(features) > family.rows_max:
         chosen = np.linspace(0, len(features) - 1, family.rows_max).astype(np.int64)
@@ -343,10 +342,15 @@ def fit(family: Family, estimator: Any, features: Float32s, labels: Int64s | Non
             f"{family.name} did not converge ({_first_line(error)}); raise max_iter in [families.{family.name}], widen "
             "its regularisation, or leave the family out"
         ) from error
-    except (ValueError, TypeError, ArithmeticError, np.linalg.LinAlgError) as error:
+    except (ValueError, TypeError, ArithmeticError, np.linalg.LinAlgError, *_own_errors(family)) as error:
         raise TrainingError(
             f"{family.name} cannot be fitted ({_first_line(error)}); change its space in [families.{family.name}]"
         ) from error
+
+
+def _own_errors(family: Family) -> tuple[type[Exception], ...]:
+    """What a library raises that is none of Python's errors. XGBoost's is a ValueError."""
+    return (_extra(family.extra).basic.LightGBMError,) if family.extra == "lightgbm" else ()
 
 
 def _first_line(error: Exception) -> str:

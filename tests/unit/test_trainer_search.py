@@ -157,11 +157,28 @@ def test_a_trial_that_fails_says_why_and_the_others_go_on() -> None:
     material, split = prepared(recipe)
     result, _ = search.search(material, split, recipe, 1)
     failed = [trial for trial in result.trials if trial.state == "failed"]
-    assert result.best.candidate.family == "extra_trees" or result.best.candidate.params == {}
-    assert failed
+    tuned = [trial for trial in result.trials if trial.tuned]
+    assert [trial.state for trial in tuned] == [
+        "failed" if trial.candidate.family == "logistic_regression" else "scored" for trial in tuned
+    ]
+    assert {trial.candidate.family for trial in tuned} == set(bad)
+    # It may win as it comes, with the library's own C.
+    assert result.best.candidate.params.get("C") is None
+    assert result.best.score == max(trial.score for trial in result.trials if trial.state == "scored")
     for trial in failed:
         assert "'C' parameter" in trial.error
         assert trial.score is None
+
+
+@pytest.mark.parametrize(("family", "params"), [("lightgbm", {"num_leaves": 1}), ("xgboost", {"max_depth": -5})])
+def test_what_a_boosting_library_refuses_is_a_failed_trial(family: str, params: dict) -> None:
+    pytest.importorskip(family, reason=f"{family} is not installed (headwater[boosting])")
+    recipe = recipe_with(families={family: {"n_estimators": 4, **params}}, search=Search(metric="f1_macro", trials=2))
+    material, split = prepared(recipe)
+    result, _ = search.search(material, split, recipe, 1)
+    assert [trial.state for trial in result.trials] == ["scored", "failed"]
+    assert result.trials[1].error.startswith(f"{family} cannot be fitted")
+    assert next(iter(params)) in result.trials[1].error
 
 
 def test_when_every_trial_fails_the_error_says_why() -> None:
