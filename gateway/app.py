@@ -85,6 +85,7 @@ class Gateway:
             health=self._health,
             changed=lambda device: self._rollouts.heard(device),
         )
+        self._resigner = Resigner(settings.models, lambda: access.store, metrics)
         self._rollouts = RolloutController(
             settings.rollouts,
             shards=settings.shards,
@@ -92,6 +93,7 @@ class Gateway:
             fleet=self._registry,
             table=RolloutTable(Kept(access, access.open_rollouts), metrics.rollout_conflicts.inc),
             sealer=KeyFile(Path(settings.models.online_key)) if settings.models.online_key else None,
+            may_sign=self._resigner.may_sign,
             publish=self._publish,
             connected=lambda: self._control.connected,
             metrics=metrics,
@@ -150,7 +152,6 @@ class Gateway:
             metrics=metrics,
             health=self._health,
         )
-        self._resigner = Resigner(settings.models, lambda: access.store, metrics)
         models = ModelCache(
             Kept(access, access.open_releases),
             settings.inference.models_max,

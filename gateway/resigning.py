@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import structlog
+from tuf.api.metadata import Timestamp
 
 from contract.errors import ConfigurationError, HeadwaterError, TemporaryError
 from gateway.ingress import wall_us
@@ -49,6 +50,7 @@ class Resigner:
         self._stopping = threading.Event()
         self._expires_s: dict[str, float] = {}
         self._told = ""
+        self._signers: frozenset[str] | None = None
         self.thread = WatchedThread("resigning", self._run)
         for role in ROLES:
             metrics.watch(
@@ -71,28 +73,45 @@ class Resigner:
         ends_s = self._expires_s.get(role)
         return float("nan") if ends_s is None else ends_s - time.time()
 
+    def may_sign(self, key_id: str) -> bool | None:
+        """Whether devices follow what a key signs: the root, as last seen, names it for the role `timestamp`.
+
+        None before the root was seen. May be called from any thread.
+        """
+        return None if self._signers is None else key_id in self._signers
+
     def look(self) -> bool:
         """Publish what has to be, once; False where the lake did not answer."""
         try:
             repository = TrustRepository(self._store(), anchor=self._anchor(), expiries=self._expiries)
-            if self._key is not None and repository.publish([self._key.signer()]):
-                self._metrics.trust_publications.inc()
-            left_s = repository.published().left_s(wall_us())
-            self._expires_s = {role: time.time() + left for role, left in left_s.items()}
-            self._tell("")
+            trouble = self._publish(repository)
+            published = repository.published()
+            self._signers = frozenset(published.root.roles[Timestamp.type].keyids)
+            self._expires_s = {role: time.time() + left for role, left in published.left_s(wall_us()).items()}
+            self._tell(trouble)
         except NotInitialisedError:
+            self._signers = frozenset()
             self._tell("")  # nobody uses models here
         except TemporaryError as error:
             self._metrics.store_errors.inc()
             self._tell(str(error))
             return False
         except HeadwaterError as error:
-            # Such as a key that was rotated away. Batches are committed all the same.
+            # Batches are committed all the same.
             self._tell(str(error))
         except Exception as error:  # noqa: BLE001 - a bug must not end the gateway; it is counted and told
             self._metrics.faults.labels("resigning").inc()
             _log.error("resigning_fault", exc_info=error)
         return True
+
+    def _publish(self, repository: TrustRepository) -> str:
+        """Sign what has to be; the trouble with the key, such as that it was rotated away, where there is some."""
+        try:
+            if self._key is not None and repository.publish([self._key.signer()]):
+                self._metrics.trust_publications.inc()
+        except ConfigurationError as error:
+            return str(error)
+        return ""
 
     def _tell(self, trouble: str) -> None:
         """Log what is new only: the same trouble comes back every few seconds."""

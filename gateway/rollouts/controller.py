@@ -69,6 +69,8 @@ class RolloutController:
         fleet: the devices.
         table: the rollouts.
         sealer: signs orders; None: this gateway shows rollouts and takes actions, and leaves driving them to others.
+        may_sign: whether devices follow what the key of an id signs; None: not known yet. Asked at every look, because
+            devices refuse for good what a key has signed that was rotated away.
         publish: the way to the broker.
         connected: whether there is one now.
         metrics: counters.
@@ -86,6 +88,7 @@ class RolloutController:
         fleet: Fleet,
         table: RolloutTable,
         sealer: Sealer | None,
+        may_sign: Callable[[str], bool | None],
         publish: Publish,
         connected: Callable[[], bool],
         metrics: GatewayMetrics,
@@ -94,7 +97,8 @@ class RolloutController:
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._gateway, self._fleet, self._table = settings, gateway, fleet, table
-        self._sealer, self._connected = sealer, connected
+        self._sealer, self._may_sign, self._connected = sealer, may_sign, connected
+        self._refused_key = ""
         self._metrics, self._health, self._clock_us, self._clock_s = metrics, health, clock_us, clock_s
         owned = frozenset(shards)
         self._publisher = Publisher(
@@ -230,7 +234,15 @@ class RolloutController:
 
     def hand_out(self, *, everybody: bool) -> float:
         """Look at devices that have news, or at all; answers how many seconds nothing is to be done."""
-        sealer = self._sealer
+        try:
+            return self._hand_out(everybody)
+        except Exception as error:  # noqa: BLE001 - batches are acknowledged without rollouts, too; the sweep tries again
+            self._metrics.faults.labels("rollouts").inc()
+            _log.error("rollouts_fault", table=PATH, exc_info=error)
+            return self._settings.interval_s
+
+    def _hand_out(self, everybody: bool) -> float:
+        sealer = self._trusted_sealer()
         if sealer is None or not self._fleet.loaded:
             return self._settings.interval_s
         with self._lock:
@@ -254,12 +266,27 @@ class RolloutController:
         """Devices are judged by what they say: not while nobody can be heard, or has just begun to be."""
         connected_s = self._connected_s
         return (
-            self._sealer is not None
+            self._trusted_sealer() is not None
             and self._fleet.loaded
             and self._connected()
             and connected_s is not None
             and self._clock_s() - connected_s >= self._settings.settle_s
         )
+
+    def _trusted_sealer(self) -> Sealer | None:
+        """Who signs what devices follow; None where this gateway cannot."""
+        if self._sealer is None:
+            return None
+        key = self._sealer.key_id
+        allowed = self._may_sign(key)
+        if allowed is False and key != self._refused_key:
+            _log.warning(
+                "rollouts_not_driven",
+                error=f"the online key {key[:12]} is not one that the root names for orders, and devices would refuse "
+                "them; bring the new online.pem, or put this one into force with: headwater keys rotate",
+            )
+        self._refused_key = key if allowed is False else ""
+        return self._sealer if allowed else None
 
     def _step(self, book: RolloutBook) -> RolloutBook:
         running = [rollout for rollout in book.rollouts.values() if rollout.state is RolloutState.RUNNING]
@@ -312,6 +339,11 @@ class RolloutController:
             "rollout_devices_told",
             "Devices that have not read their order, or may be told again",
             lambda: self._publisher.told,
+        )
+        metrics.watch(
+            "rollout_key_refused",
+            "1 while devices would refuse what this gateway signs",
+            lambda: bool(self._refused_key),
         )
 
     def _standing(self, standing: Standing) -> float:

@@ -59,14 +59,19 @@ def detail_json(rollout: Rollout) -> dict[str, Any]:
 
 def tally_json(rollout: Rollout, found: Tally) -> dict[str, Any]:
     """How its devices are, as one gateway knows them."""
-    running = rollout.state is RolloutState.RUNNING and rollout.stage >= 0
+    refused = found.back[DeviceState.REJECTED.value]
+    waits_for = None
+    if rollout.state is RolloutState.RUNNING and rollout.stage >= 0:
+        waits_for = hindrance(rollout, found)
+    elif refused:
+        waits_for = f"{refused} of {found.back.total()} devices refused their order back, and get it again"
     return {
         "devices": found.counts(),
         "states": dict(found.states),
         "failures": found.failures,
         "back": dict(found.back),
-        "back_refused": found.back[DeviceState.REJECTED.value],
-        "waits_for": hindrance(rollout, found) if running else None,
+        "back_refused": refused,
+        "waits_for": waits_for,
     }
 
 

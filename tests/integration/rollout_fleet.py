@@ -20,7 +20,8 @@ from contract.messages import Assignments, Presence, decode, encode
 from contract.models import ASSIGNMENT_TYPE, Assignment
 from headwater import cli
 from lake.store import Store, StoreSettings
-from lake.trust.keys import generate_key, write_key
+from lake.trust.keys import KeyFolder
+from lake.trust.repository import TrustRepository
 from tests.integration.gateway_parts import GatewayProcess
 from tests.integration.release_parts import release
 from tests.integration.servers import PATIENCE_S, MqttClient, wait_until
@@ -155,9 +156,10 @@ class Bench:
         (folder / "lake").mkdir()
         self.url = f"file://{folder}/lake"
         self.store = Store(StoreSettings(url=self.url, fsync=False))
-        signer = generate_key()
-        write_key(folder / "online.pem", signer)
-        self.key = signer.public_key
+        keys = KeyFolder(folder)
+        root, targets, online = (keys.make(name) for name in ("root", "targets", "online"))
+        keys.write_anchor(TrustRepository(self.store).initialise([root], targets, online))
+        self.key = online.public_key
 
     def release(self, model: str, *, approved: bool = True) -> int:
         """The next version of a model, approved unless told otherwise."""

@@ -305,6 +305,9 @@ def test_a_gateway_without_the_key_watches(world: World) -> None:
 
 def test_a_gateway_whose_key_was_rotated_away_says_so_once_and_goes_on(world: World) -> None:
     gateway = resigner(world)
+    assert gateway.may_sign(world.online.public_key.keyid) is None
+    assert gateway.look()
+    assert gateway.may_sign(world.online.public_key.keyid)
     new = world.keys.make("online.next")
     rotation.rotate_online(world.repository(), [world.root], world.online, new)
     with capture_logs() as logs:
@@ -312,6 +315,9 @@ def test_a_gateway_whose_key_was_rotated_away_says_so_once_and_goes_on(world: Wo
     told = [log for log in logs if log["event"] == "models_not_signed"]
     assert len(told) == 1
     assert "keys rotate" in told[0]["error"]
+    assert not gateway.may_sign(world.online.public_key.keyid), "nor does it sign orders any more"
+    assert gateway.may_sign(new.public_key.keyid)
+    assert gateway.left_s("timestamp") > 0, "it still watches"
     # The new key in the file is taken up without a restart.
     world.keys.adopt("online")
     world.online = new

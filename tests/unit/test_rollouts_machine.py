@@ -430,7 +430,11 @@ def test_an_order_that_was_refused_comes_again_once_nobody_judges_the_rollout_by
     again = read_back(others[0].model, order, DeviceState.REJECTED)
     assert lacks(again)
     found = survey(table.rollout(), [others[0]._replace(model=again)], table.now_us)
-    assert tally_json(table.rollout(), found)["back_refused"] == 1
+    said = tally_json(table.rollout(), found)
+    assert (said["back_refused"], said["waits_for"]) == (
+        1,
+        "1 of 1 devices refused their order back, and get it again",
+    )
     aborted = one_stage()
     refused = has("pi-1", aborted.rollout(), DeviceState.REJECTED)
     aborted.act(Action.ABORT)

@@ -393,6 +393,7 @@ class Desktop:
 
     def __init__(self, tmp_path, *, sealer=True) -> None:
         self.loaded = self.link = True
+        self.trusted: bool | None = True
         self.devices = {"pi-1": SimulatedDevice("pi-1")}
         self.clock = Clocks()
         self.sent: list[str] = []
@@ -404,6 +405,7 @@ class Desktop:
             fleet=self,
             table=table_in(tmp_path),
             sealer=PlainSealer() if sealer else None,
+            may_sign=lambda key: self.trusted,
             publish=self.publish,
             connected=lambda: self.link,
             metrics=self.metrics,
@@ -452,6 +454,44 @@ def test_nothing_is_decided_by_who_cannot_know(tmp_path):
     assert blind.stage == -1, "it cannot sign"
     assert blind.controller.hand_out(everybody=True) > 0
     assert blind.sent == []
+
+
+def test_with_a_key_that_devices_do_not_trust_nothing_is_decided_or_signed_until_it_is_replaced(tmp_path, logs):
+    """Mutants tried: only deciding asks for the key; only handing out does."""
+    desk = Desktop(tmp_path)
+    desk.controller.is_connected()
+    desk.clock.pass_s(100)
+    desk.trusted = None
+    assert desk.stage == -1, "nobody knows the root yet"
+    assert logs == []
+    desk.trusted = False
+    assert [desk.stage, desk.stage] == [-1, -1]
+    told = [log["error"] for log in logs if log["event"] == "rollouts_not_driven"]
+    assert len(told) == 1
+    assert "bring the new online.pem" in told[0]
+    assert value(desk.metrics, "rollout_key_refused") == 1
+    desk.trusted = True
+    assert desk.stage == 0
+    assert value(desk.metrics, "rollout_key_refused") == 0
+    desk.trusted = False
+    desk.controller.hand_out(everybody=True)
+    assert desk.sent == []
+    desk.trusted = True
+    desk.controller.hand_out(everybody=True)
+    assert desk.sent == [topics.assign("pi-1")]
+
+
+def test_a_bug_in_handing_out_costs_only_time(tmp_path, monkeypatch):
+    desk = Desktop(tmp_path)
+    desk.controller.is_connected()
+    desk.clock.pass_s(11)
+    assert desk.stage == 0
+    with monkeypatch.context() as broken:
+        broken.setattr(desk.controller._publisher, "publish_slice", lambda sealer: 1 / 0)
+        assert desk.controller.hand_out(everybody=False) == RolloutSettings().interval_s
+    assert value(desk.metrics, "faults_total", where="rollouts") == 1
+    desk.controller.hand_out(everybody=True)
+    assert desk.sent == [topics.assign("pi-1")]
 
 
 def test_a_whole_rollout_and_its_figures(tmp_path):
