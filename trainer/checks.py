@@ -162,13 +162,6 @@ def _infinite(profile: Profile) -> Finding:
 
 
 def _ranges(limits: Thresholds, dataset: WindowSet) -> Finding:
-    if strangers := sorted(set(limits.ranges) - set(dataset.fields)):
-        return Finding(
-            check="ranges",
-            verdict="fail",
-            detail=f"[checks] ranges names {', '.join(strangers)}, which are no fields",
-            remedy=f"use of {', '.join(dataset.fields)}",
-        )
     if not limits.ranges:
         return ok("ranges", "no ranges were given")
     outside = dict.fromkeys(limits.ranges, 0)

@@ -60,12 +60,13 @@ def step(context: StepContext) -> Outputs:
         `sample_rate_hz`, `labels` (rows of the label table, and those that are NaN), `dropped` windows.
 
     Raises:
-        RecipeError: the recipe does not fit what is in the lake.
+        RecipeError: the recipe does not fit what is in the lake, or the search could not begin.
         DataError: there are no rows, no windows, or too many.
         QueryError, StoreUnavailableError: as `Lake.read`.
         OSError: the disk refused.
     """
     recipe = context.recipe
+    _check_search(recipe)
     book = None
     if recipe.labels is not None:
         book = read_labels(
@@ -91,6 +92,19 @@ def step(context: StepContext) -> Outputs:
     dataset.save_index(context.into)
     profile.save(context.into)
     return _outputs(dataset, profile, book)
+
+
+def _check_search(recipe: Recipe) -> None:
+    """Refuse at once what the search would refuse after all windows are cut.
+
+    Raises:
+        ConfigurationError: a metric, family or parameter is unknown, or not installed.
+    """
+    from trainer.candidates import find_scorer  # scikit-learn costs more than a second
+    from trainer.families import spaces_of
+
+    find_scorer(recipe.search.metric)
+    spaces_of(recipe.task, recipe.families)
 
 
 def groups(lake: Lake, rule: SplitRule, pinned: Pins) -> Callable[[str], str]:

@@ -63,24 +63,8 @@ from contract.models import (
     WINDOW_CELLS_MAX,
     WINDOW_ROWS_MAX,
 )
+from trainer.recipe import BANDS, FEATURES, STATISTICS
 
-STATISTICS: Final = (
-    "mean",
-    "std",
-    "min",
-    "max",
-    "rms",
-    "slope",
-    "skew",
-    "kurtosis",
-    "crest",
-    "ptp",
-    "zero_crossings",
-)
-"""The features of a channel besides its bands."""
-BANDS: Final = "bands"
-"""Stands for one feature per band."""
-KINDS: Final = (*STATISTICS, BANDS)
 BANDS_MAX: Final = 64
 FEATURES_MAX: Final = 4_096
 FEATURE_MAX: Final = 1e30
@@ -98,8 +82,8 @@ class FeatureSpec:
     rows: int
     fields: tuple[str, ...]
     """Channels in their order."""
-    kinds: tuple[str, ...] = KINDS
-    """Of `KINDS`."""
+    kinds: tuple[str, ...] = FEATURES
+    """Of `FEATURES`."""
     bands: tuple[tuple[float, float], ...] = ()
     """Edges in Hz, or fractions of the Nyquist frequency without `sample_rate_hz`; none means octaves."""
     sample_rate_hz: float | None = None
@@ -146,9 +130,9 @@ def check_spec(spec: FeatureSpec) -> None:
             f"a window of {spec.rows} x {len(spec.fields)} has more than {WINDOW_CELLS_MAX} cells; "
             "take fewer rows or fields"
         )
-    unknown = [kind for kind in spec.kinds if kind not in KINDS]
+    unknown = [kind for kind in spec.kinds if kind not in FEATURES]
     if unknown or not spec.kinds:
-        raise ConfigurationError(f"features {unknown or 'none'} are not known; choose from {', '.join(KINDS)}")
+        raise ConfigurationError(f"features {unknown or 'none'} are not known; choose from {', '.join(FEATURES)}")
     if BANDS in spec.kinds:
         _check_bands(spec)
     if len(spec.columns()) * len(spec.fields) > FEATURES_MAX:

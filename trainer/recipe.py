@@ -6,15 +6,18 @@ message that names file, key, value and remedy.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
+from contract.errors import ConfigurationError
 from contract.models import WINDOW_CELLS_MAX, Cost, Trial, Window
 from contract.names import is_name
 from contract.settings import convert, read_toml
+from lake import rollout_spec
 from lake.monitoring import policy
 from trainer.errors import RecipeError
 
@@ -43,6 +46,13 @@ FAMILIES: dict[Task, tuple[str, ...]] = {
 """Names of model families, by task (see `trainer.families`)."""
 
 
+STATISTICS = ("mean", "std", "min", "max", "rms", "slope", "skew", "kurtosis", "crest", "ptp", "zero_crossings")
+"""The features of a channel besides its bands (see `trainer.graph`)."""
+BANDS = "bands"
+"""Stands for one feature per band."""
+FEATURES = (*STATISTICS, BANDS)
+
+
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A table of the recipe."""
 
@@ -55,6 +65,12 @@ class Range(Part, frozen=True, kw_only=True):
     log: bool = False
     """Whether the search draws evenly over orders of magnitude."""
     step: int | float | None = None
+    """Only `low`, `low + step` and so on; not with `log`."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether whole numbers are drawn."""
+        return isinstance(self.low, int) and isinstance(self.high, int) and not isinstance(self.step, float)
 
 
 Space = Range | list[Scalar] | Scalar
@@ -112,7 +128,7 @@ class SplitRule(Part, frozen=True, kw_only=True):
     """Instead: a SELECT that gives `_device, group`."""
     test: Annotated[float, msgspec.Meta(gt=0, le=TEST_SHARE_MAX)] = 0.2
     test_groups: tuple[str, ...] = ()
-    """Exactly these groups judge, instead of drawn ones."""
+    """Exactly these groups judge, instead of drawn ones; with `by = "device"` or `"group"`."""
     folds: Annotated[int, msgspec.Meta(ge=2, le=20)] = 5
     """Of the cross-validation within the training windows."""
     force: bool = False
@@ -123,7 +139,7 @@ class Features(Part, frozen=True, kw_only=True):
     """What is computed of each channel of a window."""
 
     include: tuple[str, ...] = ()
-    """Names of feature functions (see `trainer.graph`); none: all."""
+    """Of `FEATURES` (see `trainer.graph`); none: all."""
     bands: tuple[tuple[float, float], ...] = ()
     """Edges of the DFT bands in Hz; none: octaves down from the Nyquist frequency."""
     select: Literal["none", "variance", "importance"] = "importance"
@@ -179,7 +195,7 @@ class Thresholds(Part, frozen=True, kw_only=True):
     rate_tolerance: Share = 0.2
     """How far a device's usual rate may be from that of all, before a warning; twice as far fails."""
     ranges: dict[str, tuple[float, float]] = {}
-    """By field: what is physically possible."""
+    """By field: what is physically possible, the lowest and the highest."""
     out_of_range_share_fail: Share = 0.001
     identical_windows_max: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Windows that are, to the bit, on both sides of the split."""
@@ -221,7 +237,7 @@ class Rollout(Part, frozen=True, kw_only=True):
     max_wait_s: Annotated[float, msgspec.Meta(gt=0)] = 86_400.0
     """Devices that are not seen for so long are excused."""
     guard: dict[str, float] = {}
-    """Limits that abort it (see `gateway.rollouts`)."""
+    """Limits that abort it (see `lake.rollout_spec.Guard`)."""
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -272,7 +288,7 @@ def parse_recipe(table: dict[str, Any], source: str) -> Recipe:
     recipe = convert(table, Recipe, f"{source}: ")
     try:
         _check(recipe)
-    except RecipeError as error:
+    except ConfigurationError as error:
         raise RecipeError(f"{source}: {error}") from error
     return recipe
 
@@ -293,10 +309,10 @@ def _check(recipe: Recipe) -> None:
     _check_data(recipe)
     _check_labels(recipe)
     _check_split(recipe)
+    _check_features(recipe)
     _check_families(recipe)
-    for number, stage in enumerate(recipe.rollout.stages, 1):
-        if (stage.percent is not None) + bool(stage.tag) + bool(stage.devices) != 1:
-            raise RecipeError(f"[rollout] stage {number} has none or several of percent, tag and devices; give one")
+    _check_ranges(recipe)
+    _check_rollout(recipe)
 
 
 def _check_data(recipe: Recipe) -> None:
@@ -328,6 +344,11 @@ def _check_split(recipe: Recipe) -> None:
         raise RecipeError("[split] has both group and group_sql; give one")
     if rule.by == "group" and not (rule.group or rule.group_sql):
         raise RecipeError('[split] by = "group" needs group (a regular expression) or group_sql; give one')
+    if rule.test_groups and rule.by not in ("device", "group"):
+        raise RecipeError(
+            f'[split] test_groups = {list(rule.test_groups)} means nothing with by = "{rule.by}"; leave it out, or use '
+            'by = "device" or "group"'
+        )
     try:
         re.compile(rule.group)
     except re.error as error:
@@ -340,6 +361,11 @@ def _check_split(recipe: Recipe) -> None:
         )
 
 
+def _check_features(recipe: Recipe) -> None:
+    if unknown := [name for name in recipe.features.include if name not in FEATURES]:
+        raise RecipeError(f"[features] include = {unknown} are no features; choose of {', '.join(FEATURES)}")
+
+
 def _check_families(recipe: Recipe) -> None:
     known = FAMILIES[recipe.task]
     for family, spaces in recipe.families.items():
@@ -348,7 +374,56 @@ def _check_families(recipe: Recipe) -> None:
         for name, space in spaces.items():
             if isinstance(space, list) and not space:
                 raise RecipeError(f"[families.{family}] {name} is an empty list; give values to choose from")
-            if isinstance(space, Range) and not space.low <= space.high:
-                raise RecipeError(f"[families.{family}] {name}: low {space.low} is above high {space.high}; swap them")
-            if isinstance(space, Range) and space.log and space.low <= 0:
-                raise RecipeError(f"[families.{family}] {name}: log needs low above 0, not {space.low}")
+            if isinstance(space, Range) and (trouble := _trouble(space)):
+                raise RecipeError(f"[families.{family}] {name}: {trouble}")
+
+
+def _trouble(space: Range) -> str:
+    """Why nothing can be drawn from a range; empty where it can."""
+    if not (math.isfinite(space.low) and math.isfinite(space.high)):
+        return f"low {space.low} or high {space.high} is no finite number; give both ends"
+    if space.low > space.high:
+        return f"low {space.low} is above high {space.high}; swap them"
+    if space.step is not None and not 0 < space.step < math.inf:
+        return f"step {space.step} leads nowhere; give one above 0, or leave it out"
+    if not space.log:
+        return ""
+    if space.low <= 0:
+        return f"log needs low above 0, not {space.low}"
+    if space.step is not None and not (space.is_whole and space.step == 1):
+        return f"log and step {space.step} cannot be together; leave one of them out"
+    return ""
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    fields = recipe.data.fields
+    for name, (low, high) in recipe.checks.ranges.items():
+        if name not in fields:
+            raise RecipeError(f"[checks.ranges] {name} is no field; use of {', '.join(fields[:40])}")
+        if not low <= high:
+            raise RecipeError(f"[checks.ranges] {name} = [{low:g}, {high:g}] holds no value; give the lower one first")
+
+
+def _check_rollout(recipe: Recipe) -> None:
+    """What could not be ordered from a gateway later (see `lake.rollout_spec`)."""
+    rollout = recipe.rollout
+    guard = convert(rollout.guard, rollout_spec.Guard, "[rollout.guard] ")
+    stages = []
+    for number, stage in enumerate(rollout.stages, 1):
+        if (stage.percent is not None) + bool(stage.tag) + bool(stage.devices) != 1:
+            raise RecipeError(f"[rollout] stage {number} has none or several of percent, tag and devices; give one")
+        table = {
+            "percent": stage.percent,
+            "tags": [stage.tag] if stage.tag else [],
+            "devices": stage.devices,
+            "bake_s": stage.bake_s,
+            "max_wait_s": rollout.max_wait_s,
+        }
+        stages.append(
+            msgspec.structs.replace(convert(table, rollout_spec.Stage, f"[rollout] stage {number}: "), guard=guard)
+        )
+    try:
+        spec = rollout_spec.Spec(model=recipe.name, version=1, sha256="", stages=tuple(stages), trial=recipe.trial)
+        rollout_spec.check_spec(spec)
+    except ConfigurationError as error:
+        raise RecipeError(f"[rollout] {error}") from error

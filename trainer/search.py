@@ -296,8 +296,8 @@ def _suggest(trial: optuna.Trial, spaces: Mapping[str, Mapping[str, Space]], rec
 
 
 def _number(trial: optuna.Trial, key: str, space: Range) -> float | int:
-    if isinstance(space.low, int) and isinstance(space.high, int) and not isinstance(space.step, float):
-        return trial.suggest_int(key, space.low, space.high, step=space.step or 1, log=space.log)
+    if space.is_whole:
+        return trial.suggest_int(key, int(space.low), int(space.high), step=int(space.step or 1), log=space.log)
     return trial.suggest_float(key, float(space.low), float(space.high), step=space.step, log=space.log)
 
 

@@ -213,6 +213,13 @@ def test_nan_labels_stop_with_a_report(store: Store, train: Training) -> None:
         ('["x", "y"]', '["x", "z"]', RecipeError, "no field 'z'; it has ts, x, y"),
         ('["x", "y"]', '["x", "y"]\nsql = "SELECT _device, ts, x FROM motion"', RecipeError, "no 'y'"),
         ('["x", "y"]', '["x", "y"]\nsql = "FROM motion WHERE false"', DataError, "no rows of motion at"),
+        (
+            '"f1_macro"',
+            '"nope"',
+            RecipeError,
+            r"\[search\] metric = 'nope' is no scorer of scikit-learn; choose such as",
+        ),
+        ("[search]", "[families.extra_trees]\ntrees = 3\n[search]", RecipeError, "extra_trees.*trees.*mend its keys"),
         ("rows = 50", "rows = 5000", DataError, "9600 rows of 8 devices give no window: none has 5000 readings"),
         ('["x", "y"]', '["x", "y"]\ndataset_bytes_max = 9999', DataError, "more than 9999 bytes.*stride"),
         ('["x", "y"]', '["x", "y"]\ndevice_rows_max = 99', DataError, "walker-0 has more than 99 rows"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,21 @@ def test_the_examples_are_recipes(name: str) -> None:
         ("families.mlp.alpha", {"low": 0, "high": 1, "log": True}, ("alpha", "log")),
         ("families.mlp.alpha", {"low": 0, "hgh": 1}, ("alpha", "hgh")),
         ("families.mlp.alpha", [], ("alpha", "empty")),
+        ("families.mlp.alpha", {"low": 1, "high": 9, "log": True, "step": 2}, ("alpha", "log", "step 2")),
+        ("families.mlp.alpha", {"low": 1.0, "high": 9, "log": True, "step": 1}, ("alpha", "log", "step 1")),
+        ("families.mlp.alpha", {"low": 1, "high": 9, "step": 0}, ("alpha", "step 0", "above 0")),
+        ("families.mlp.alpha", {"low": 0.1, "high": 0.9, "step": -0.1}, ("alpha", "step -0.1", "above 0")),
+        ("families.mlp.alpha", {"low": 0.1, "high": math.inf}, ("alpha", "high inf", "both ends")),
+        ("features.include", ["mean", "bogus"], ("[features] include", "bogus", "zero_crossings")),
+        ("split", {"by": "time", "test_groups": ["a"]}, ("[split] test_groups", "'a'", "time", "leave it out")),
+        ("checks.ranges", {"az": [0, 1]}, ("[checks.ranges] az", "ax, ay")),
+        ("checks.ranges", {"ax": [1, 0]}, ("[checks.ranges] ax", "[1, 0]", "lower one first")),
+        ("rollout.guard", {"bogus": 1.0}, ("[rollout.guard] bogus = 1.0", "nan_share_max")),
+        ("rollout.guard", {"nan_share_max": 2.0}, ("[rollout.guard]", "nan_share_max = 2.0")),
+        ("rollout.stages", [], ("[rollout]", "0 stages", "give 1 to")),
+        ("rollout.stages", [{"percent": 50}, {"percent": 50}], ("[rollout] stage 2 is 50 %", "must rise")),
+        ("rollout.stages", [{"devices": ["Ü"]}], ("[rollout] stage 1", "Ü")),
+        ("rollout.max_wait_s", 1e9, ("[rollout] stage 1", "max_wait_s")),
         ("rollout.stages", [{"percent": 5, "tag": "lab"}], ("stage 1", "percent", "tag")),
         ("search.trials", 0, ("trials = 0",)),
         ("search.metric", None, ("metric", "missing")),
