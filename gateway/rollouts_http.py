@@ -116,7 +116,8 @@ class RolloutsHttp:
             return body
 
         def work() -> dict[str, Any]:
-            decide = act(action, name, self._person(body), rollback=body.rollback, supersede=body.supersede)
+            person, releases = self._person(body), self._open_releases().look()
+            decide = act(action, name, person, rollback=body.rollback, supersede=body.supersede, releases=releases)
             return detail_json(self._controller.act(decide).get(name))
 
         return await self._asked(work, action.value)

@@ -19,6 +19,10 @@ from contract.errors import ConfigurationError, TemporaryError
 from contract.models import Manifest, check_manifest, target_path
 from lake.errors import CorruptLakeError, ObjectMissingError
 from lake.releases import Release, ReleaseEventKind, ReleaseRefused, Releases, ReleaseState, require_state
+from lake.rollouts import PATH as ROLLOUTS_PATH
+from lake.rollouts import SCHEMA as ROLLOUTS_SCHEMA
+from lake.rollouts import RolloutTable
+from lake.tables import ControlTable
 from lake.trust.repository import TrustRepository
 
 PUBLICATION_WAIT_S = 30.0
@@ -90,16 +94,29 @@ def retire(releases: Releases, model: str, version: int, approver: Approver, why
     Devices that run it go on until a rollout replaces it.
 
     Raises:
-        ReleaseRefused: there is no such release.
+        ReleaseRefused: there is no such release, or a rollout that is under way names it.
         ConfigurationError: the key is not that of the targets.
         StoreUnavailableError: the store did not answer; call again.
     """
     release = releases.look().get(model, version)
+    _check_unused(releases, release)
     path = target_path(model, version)
     if approver.trust.is_signed(path):
         approver.trust.sign_targets(_keys(approver, "retiring"), remove=[path])
     release = releases.record(ReleaseEventKind.RETIRED, model, version, who=approver.who, why=why)
     return Decision(release, _published(approver))
+
+
+def _check_unused(releases: Releases, release: Release) -> None:
+    """Devices would refuse the orders of a rollout whose release is retired meanwhile, forward or back."""
+    table = RolloutTable(lambda: ControlTable(releases.store, ROLLOUTS_PATH, ROLLOUTS_SCHEMA))
+    rollout = table.look().active(release.model)
+    if rollout is not None and release.version in (rollout.spec.version, rollout.spec.previous):
+        use = "brings it to devices" if release.version == rollout.spec.version else "may take devices back to it"
+        raise ReleaseRefused(
+            f"release {release.name} cannot be retired: rollout {rollout.name!r} is {rollout.state}, and {use}; wait "
+            "until it has ended, or abort it first"
+        )
 
 
 def _keys(approver: Approver, what: str) -> list[CryptoSigner]:

@@ -13,6 +13,7 @@ import msgspec
 
 from contract.errors import ConfigurationError
 from gateway.rollouts.machine import event, shown_stage
+from lake.releases import ReleaseBook, ReleaseState
 from lake.rollout_spec import ROLLOUT_NAME_MAX, Spec, check_spec
 from lake.rollouts import ACTIVE, TEXT_MAX, EventKind, Rollout, RolloutBook, RolloutEvent, RolloutRefused, RolloutState
 
@@ -103,7 +104,15 @@ def create(name: str, spec: Spec, person: Person, *, draft: bool = False, supers
     return decide
 
 
-def act(action: Action, name: str, person: Person, *, rollback: bool = False, supersede: bool = False) -> Decide:
+def act(
+    action: Action,
+    name: str,
+    person: Person,
+    *,
+    rollback: bool = False,
+    supersede: bool = False,
+    releases: ReleaseBook | None = None,
+) -> Decide:
     """Do something to a rollout.
 
     Args:
@@ -112,10 +121,12 @@ def act(action: Action, name: str, person: Person, *, rollback: bool = False, su
         person: who, why, when.
         rollback: with `ABORT`: also take the devices back.
         supersede: with `START`: as in `create`.
+        releases: the registry as of now, where it is at hand: what devices would refuse is refused here.
 
     Raises:
         ConfigurationError: nobody answers for it.
-        RolloutRefused: when decided: the rollout is not in a state for it; the message says which it is in.
+        RolloutRefused: when decided: the rollout is not in a state for it, and the message says which it is in; or a
+            release that devices would be ordered to run is not approved.
     """
     check_person(person.who, person.why)
 
@@ -128,6 +139,8 @@ def act(action: Action, name: str, person: Person, *, rollback: bool = False, su
         match action:
             case Action.START:
                 _require(rollout, action, RolloutState.DRAFT)
+                _require_approved(rollout, rollout.spec.version, releases)
+                _require_approved(rollout, rollout.spec.previous, releases)
                 ended = _make_room(book, rollout.spec.model, name, person, supersede=supersede)
                 asks = rollout.needs_approval(0)
                 return [*ended, one(EventKind.APPROVAL_ASKED if asks else EventKind.STARTED, {"stage": 0})]
@@ -143,8 +156,11 @@ def act(action: Action, name: str, person: Person, *, rollback: bool = False, su
             case Action.ABORT:
                 _require(rollout, action, RolloutState.DRAFT, *ACTIVE)
                 back = [one(EventKind.ROLLED_BACK)] if rollback and rollout.stages else []
+                if back:
+                    _require_approved(rollout, rollout.spec.previous, releases)
                 return [one(EventKind.ABORTED), *back]
             case Action.ROLLBACK:
+                _require_approved(rollout, rollout.spec.previous, releases)
                 return _rollback(book, rollout, one)
 
     return decide
@@ -178,6 +194,20 @@ def _make_room(book: RolloutBook, model: str, name: str, person: Person, *, supe
             f"{other.who} ({other.why}); wait for it, abort it, or supersede it with --supersede",
         )
     return [event(other, EventKind.SUPERSEDED, person.at_us, person.who, person.why, {"by": name})]
+
+
+def _require_approved(rollout: Rollout, version: int | None, releases: ReleaseBook | None) -> None:
+    """Devices refuse what is not approved, so it is no use to order it."""
+    if releases is None or not version:
+        return
+    release = releases.releases.get((rollout.spec.model, version))
+    if release is None or release.state is not ReleaseState.APPROVED:
+        state = "not there" if release is None else release.state
+        raise RolloutRefused(
+            "not_approved",
+            f"rollout {rollout.name!r} names release {rollout.spec.model}@{version}, which is {state}, and devices "
+            "refuse what is not approved; start a rollout of a release that is approved, with --supersede where this one runs",
+        )
 
 
 def _require(rollout: Rollout, action: Action, *states: RolloutState) -> None:

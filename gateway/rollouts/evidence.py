@@ -56,6 +56,8 @@ class Tally(msgspec.Struct, kw_only=True):
 
     members: int = 0
     standings: Counter[Standing] = msgspec.field(default_factory=Counter)
+    joined: Counter[Standing] = msgspec.field(default_factory=Counter)
+    """Of them, those that joined with the latest stage."""
     states: Counter[str] = msgspec.field(default_factory=Counter)
     """By the state they reported for this rollout's order."""
     failures: list[str] = []
@@ -81,6 +83,11 @@ class Tally(msgspec.Struct, kw_only=True):
     def counted(self) -> int:
         """Devices that the stage is judged by."""
         return self.members - self[Standing.EXCUSED]
+
+    @property
+    def joined_counted(self) -> int:
+        """Devices that joined with the latest stage, and that it is judged by."""
+        return self.joined.total() - self.joined[Standing.EXCUSED]
 
     def counts(self) -> dict[str, int]:
         """For people and for the table."""
@@ -148,6 +155,8 @@ def tally(rollout: Rollout, devices: Iterable[DeviceView], *, excusing: bool) ->
         found.members += 1
         standing = standing_of(rollout, stage, device, excusing=excusing)
         found.standings[standing] += 1
+        if stage == rollout.stage:
+            found.joined[standing] += 1
         order = device.order
         if order is None or not took(rollout, device):
             continue

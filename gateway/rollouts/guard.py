@@ -27,7 +27,8 @@ def broken(
         return f"{windows} windows were scored, fewer than {guard.windows_min}"
     compared = sum(order.compared for order in orders)
     shares = (
-        ("error", guard.error_share_max, sum(m.errors for m in running), windows + sum(m.errors for m in running)),
+        # Devices count a window that failed among `windows`, too.
+        ("error", guard.error_share_max, sum(m.errors for m in running), windows),
         ("NaN", guard.nan_share_max, sum(m.nan_windows for m in running), windows),
         ("disagreement", guard.disagreement_share_max, sum(o.disagreements for o in orders), compared),
     )

@@ -68,6 +68,9 @@ def hindrance(rollout: Rollout, found: Tally) -> str | None:
             f"{committed} of {found.counted} devices committed, less than {stage.committed_share_min:.0%} "
             f"({_shown(found)})"
         )
+    if found.joined_counted and not found.joined[Standing.COMMITTED]:
+        # The devices of earlier stages may be so many that the share says nothing about those of this one.
+        return f"none of the {found.joined_counted} devices that joined with this stage committed ({_shown(found)})"
     return broken(stage.guard, found.running, found.others, found.orders)
 
 
@@ -130,6 +133,9 @@ def _hopeless(stage: Stage, found: Tally) -> str | None:
         return f"{failed} of {executed} devices failed, more than {stage.failure_share_max:.0%}: {told}"
     if failed and found.counted - failed < _needed(stage, found):
         return f"{failed} of {found.counted} devices failed, so {stage.committed_share_min:.0%} cannot commit: {told}"
+    joined = found.joined_counted
+    if joined and found.joined[Standing.FAILED] == joined:
+        return f"all {joined} devices that joined with this stage failed: {told}"
     return None
 
 

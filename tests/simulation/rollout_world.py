@@ -393,9 +393,14 @@ class World:
         )
         if committed < max(1, stage.committed_share_min * (len(members) - excused) - 1e-9):
             raise BrokenPromiseError(f"{name} advanced with {committed} of {len(members)} - {excused} at most")
+        joined = [(device, order) for device, order in members if self.joined_now(rollout, device)]
+        if any(order is not None or device.online for device, order in joined) and not any(
+            order is not None and order.state is DeviceState.COMMITTED for _, order in joined
+        ):
+            raise BrokenPromiseError(f"{name} advanced though none of those who joined committed: {joined}")
         running = [d.model for d, _ in members if d.model is not None and d.model.active == rollout.spec.version]
         errors, windows = sum(m.errors for m in running), sum(m.windows for m in running)
-        if errors > 0.25 * (errors + windows) + 1e-9:
+        if errors > 0.25 * windows + 1e-9:
             raise BrokenPromiseError(f"{name} advanced with {errors} errors of {windows} windows")
         if stage.bake_s and (rollout.baking_us is None or self.now_us < rollout.baking_us + stage.bake_s * S):
             raise BrokenPromiseError(f"{name} advanced before its bake time was over")

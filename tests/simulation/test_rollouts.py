@@ -109,6 +109,7 @@ MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "half of the commits are enough": patched(
         machine, "_needed", lambda stage, found: math.ceil(stage.committed_share_min * found.counted / 2)
     ),
+    "nobody of the latest stage need commit": patched(evidence.Tally, "joined_counted", 0),
     "bake time is not waited for": patched(machine, "_baked_us", lambda rollout: 0),
     "everybody is excused at once": patched(machine, "_waited", lambda rollout, now_us: True),
     "a stage is waited for without end": patched(machine, "deadline_us", lambda rollout: 1 << 62),

@@ -20,13 +20,17 @@ import pytest
 from contract.errors import ConfigurationError, TemporaryError
 from contract.models import Artifact, Dataset, Manifest, Probe, target_path
 from headwater.release_view import difference, line, parse_release, whole
+from lake import rollouts
 from lake.approval import Approver, approve, retire
 from lake.errors import CorruptLakeError, ObjectMissingError
 from lake.lineage import lineage_of, releases_from
 from lake.query import Lake
 from lake.raw import RawTable
 from lake.releases import Release, ReleaseRefused, Releases, ReleaseState
+from lake.rollout_spec import Spec
+from lake.rollouts import RolloutTable
 from lake.store import Store
+from lake.tables import ControlTable
 from tests.contract.lake_suite import commit, raw
 from tests.trust_world import MODEL, World, manifest
 
@@ -211,6 +215,27 @@ def test_retiring_takes_it_out_of_what_devices_believe(releases: Releases, world
     with pytest.raises(ReleaseRefused, match="no approved release"):
         releases.look().get(MODEL)
     retire(releases, MODEL, 1, approver(world), "again")
+
+
+def test_what_a_rollout_under_way_brings_or_goes_back_to_is_not_retired(releases: Releases, world: World) -> None:
+    """Mutants tried: only `version` is looked at; rollouts that have ended count."""
+    for version in (1, 2):
+        published(releases, seed=version)
+        approve(releases, MODEL, version, approver(world), "")
+    table = RolloutTable(lambda: ControlTable(world.store, rollouts.PATH, rollouts.SCHEMA))
+    order = Spec(model=MODEL, version=2, sha256="2" * 64, previous=1, previous_sha256="1" * 64, stages=())
+    detail = msgspec.json.encode(order).decode()
+    row = rollouts.RolloutEvent(1, "r", MODEL, "ada", rollouts.EventKind.CREATED, "", detail)
+    table.act(lambda book: [row, row._replace(event=rollouts.EventKind.STARTED)])
+    for version, use in ((2, "brings it to devices"), (1, "may take devices back to it")):
+        with pytest.raises(
+            ReleaseRefused, match=f"@{version} cannot be retired: rollout 'r' is running, and {use}; wait"
+        ):
+            retire(releases, MODEL, version, approver(world), "")
+        assert releases.look().get(MODEL, version).state is ReleaseState.APPROVED
+    assert len(signed(world)) == 2
+    table.act(lambda book: [row._replace(event=rollouts.EventKind.ABORTED)])
+    assert retire(releases, MODEL, 1, approver(world), "").release.state is ReleaseState.RETIRED
 
 
 def test_a_draft_is_retired_without_a_key(releases: Releases, world: World) -> None:

@@ -199,11 +199,36 @@ def test_failures_abort_after_enough_have_executed_or_when_success_is_out_of_rea
     assert hopeless.decide([failed, *(idle(f"pi-{n}") for n in range(8))]) == [EventKind.ABORTED, EventKind.ROLLED_BACK]
 
 
+def test_a_stage_whose_own_devices_did_not_commit_does_not_pass_however_many_of_the_earlier_ones_did():
+    """Mutants tried: shares alone decide; the excused are waited for; failures are waited for."""
+    table = Table()
+    options = {"bake_s": 0, "max_wait_s": 60.0, "committed_share_min": 0.8, "failure_share_max": 1.0}
+    table.create(spec(stages=(Stage(tags=("canary",), **options), Stage(tags=("hall",), **options))))
+    table.decide()
+    first = table.rollout()
+    canaries = [has(f"pi-{n}", first, DeviceState.COMMITTED, tags=("canary",)) for n in range(9)]
+    assert table.decide(canaries) == [EventKind.STAGE_PASSED, EventKind.STAGE_STARTED]
+    second = table.rollout()
+
+    def judged(device) -> list[EventKind]:
+        found = survey(second, [*canaries, device], table.now_us)
+        return [event.event for event in decide(second, found, table.now_us, "gateway")]
+
+    assert judged(has("hall-1", second, DeviceState.COMMITTED, tags=("hall",))) == [EventKind.SUCCEEDED]
+    assert judged(has("hall-1", second, DeviceState.TRIAL, tags=("hall",))) == []
+    assert judged(idle("hall-1", tags=("hall",))) == []
+    aborted = [EventKind.ABORTED, EventKind.ROLLED_BACK]
+    assert judged(has("hall-1", second, DeviceState.FAILED, tags=("hall",))) == aborted
+    table.now_us += 60 * S
+    assert judged(idle("hall-1", tags=("hall",))) == aborted
+    assert judged(idle("hall-1", online=False, tags=("hall",))) == [EventKind.SUCCEEDED], "it is excused"
+
+
 def test_bake_time_begins_with_enough_commits_and_the_guard_must_hold_at_its_end():
     table = one_stage(bake_s=30.0, guard=Guard(error_share_max=0.1))
     rollout = table.rollout()
-    well = [has("pi-1", rollout, DeviceState.COMMITTED, windows=95, errors=5)]
-    ill = [has("pi-1", rollout, DeviceState.COMMITTED, windows=80, errors=20)]
+    well = [has("pi-1", rollout, DeviceState.COMMITTED, windows=100, errors=10)]
+    ill = [has("pi-1", rollout, DeviceState.COMMITTED, windows=100, errors=11)]
     table.now_us += 40 * S
     assert table.decide(ill) == []
     assert table.decide(well) == [EventKind.BAKING]
@@ -268,8 +293,9 @@ FIGURES = {"windows": 100, "latency_ms_p99": 5.0, "score_mean": 0.5}
     ("guard", "figures", "told"),
     [
         (Guard(), {"errors": 100}, None),
-        (Guard(error_share_max=0.5), {"errors": 100}, None),
-        (Guard(error_share_max=0.5), {"errors": 101}, "error share is 101 of 201"),
+        (Guard(error_share_max=0.5), {"errors": 50}, None),
+        (Guard(error_share_max=0.5), {"errors": 51}, "error share is 51 of 100"),
+        (Guard(error_share_max=0.99), {"errors": 100}, "error share is 100 of 100"),
         (Guard(nan_share_max=0.0), {"nan_windows": 1}, "NaN share is 1 of 100"),
         (Guard(latency_ms_p99_max=5.0), {}, None),
         (Guard(latency_ms_p99_max=4.9), {}, "p99 latency is 5 ms"),

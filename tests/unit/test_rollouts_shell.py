@@ -215,6 +215,28 @@ def test_a_specification_that_cannot_be_says_what_to_write_instead(tmp_path, cha
         specified({"model": MODEL, "version": 3} | changes, Releases(store).look(), "file: ")
 
 
+def test_a_rollback_to_a_release_that_was_retired_is_refused_in_words(tmp_path):
+    store = store_in(tmp_path)
+    made = [release(store, manifest_of(MODEL), bytes([number])) for number in range(2)]
+    releases = Releases(store)
+    order = specified({"model": MODEL, "version": 2, "previous": 1}, releases.look(), "")
+    commits = begun(order=order)
+    book = fold([*numbered(commits[0], 0), *numbered(commits[1], 1)], 2)
+    draft = fold(numbered(create("r", order, ADA, draft=True)(fold([])), 0), 1)
+    allowed = act(Action.ROLLBACK, "r", ADA, releases=releases.look())(book)
+    assert [event.event for event in allowed] == [EventKind.ABORTED, EventKind.ROLLED_BACK]
+    retire(store, made[0])
+    now = releases.look()
+    for action, rollouts, options in (
+        (Action.ROLLBACK, book, {}),
+        (Action.ABORT, book, {"rollback": True}),
+        (Action.START, draft, {}),
+    ):
+        with pytest.raises(RolloutRefused, match=r"'r' names release wear@1, which is retired, .*; start a rollout of"):
+            act(action, "r", ADA, releases=now, **options)(rollouts)
+    assert [event.event for event in act(Action.ABORT, "r", ADA, releases=now)(book)] == [EventKind.ABORTED]
+
+
 # What is published.
 
 
