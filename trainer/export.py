@@ -182,6 +182,7 @@ def reference_of(dataset: WindowSet, material: Material, trained: Trained, rows:
     rows = rows[evenly(len(rows), REFERENCE_ROWS_MAX)]
     scores = trained.scores(material.features[rows])
     labels = labels_of(scores, trained.threshold)
+    lacking = sum(int((~np.isfinite(piece).all(axis=(1, 2))).sum()) for piece in dataset.pieces(rows))
     return make_reference(
         material.features[np.ix_(rows, trained.columns)],
         scores if scores.ndim == 1 else scores[np.arange(len(scores)), labels],
@@ -189,7 +190,7 @@ def reference_of(dataset: WindowSet, material: Material, trained: Trained, rows:
         np.array(material.classes)[labels] if material.classes else None,
         names=[material.names[column] for column in trained.columns],
         groups=dataset.devices[rows],
-        nan_windows=float(np.mean(~np.isfinite(dataset.windows[rows]).all(axis=(1, 2)))),
+        nan_windows=lacking / len(rows),
     )
 
 

@@ -10,26 +10,42 @@ channel, in training), so that no detector finds all:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
 Float32s = npt.NDArray[np.float32]
+Float64s = npt.NDArray[np.float64]
 
 KINDS = ("offset", "drift", "spikes", "noise", "stuck")
 SEVERITY_MIN, SEVERITY_MAX = 0.5, 8.0
 """In standard deviations of the channel."""
 
 
-def spread(windows: Float32s) -> npt.NDArray[np.float64]:
-    """Standard deviation of each channel, `float64[C]`; 1 where it never changes."""
-    values = windows.reshape(-1, windows.shape[2]).astype(np.float64)
-    values[~np.isfinite(values)] = np.nan
-    with np.errstate(invalid="ignore"):
-        found = np.nanstd(values, axis=0)
+def spread(windows: Float32s | Iterable[Float32s]) -> Float64s:
+    """Standard deviation of each channel over its finite values, `float64[C]`; 1 where it never changes.
+
+    Args:
+        windows: `float32[N, W, C]`, or pieces of them, of which one at a time is held.
+    """
+    count = mean = squares = np.zeros(1)
+    for piece in (windows,) if isinstance(windows, np.ndarray) else windows:
+        values = piece.reshape(-1, piece.shape[2]).astype(np.float64)
+        finite = np.isfinite(values)
+        number = finite.sum(axis=0)
+        own = np.sum(values, axis=0, where=finite) / np.maximum(1, number)
+        away = np.sum(np.square(values - own, where=finite, out=np.zeros_like(values)), axis=0, where=finite)
+        # Means and sums of squares of two parts put together (Chan, Golub and LeVeque, 1979).
+        every = np.maximum(1, count + number)
+        squares = squares + away + (own - mean) ** 2 * count * number / every
+        mean = mean + (own - mean) * number / every
+        count = count + number
+    found = np.sqrt(squares / np.maximum(1, count))
     return np.where(np.isfinite(found) & (found > 0), found, 1.0)
 
 
-def inject(windows: Float32s, scale: npt.NDArray[np.float64], seed: int) -> Float32s:
+def inject(windows: Float32s, scale: Float64s, seed: int) -> Float32s:
     """The windows, each with one fault.
 
     Args:

@@ -102,7 +102,7 @@ def make_material(
     features, _ = run_features(session, dataset.windows, done)
     if recipe.task == "classification":
         return Material(spec, features, class_indices(dataset), dataset.classes)
-    scale = spread(dataset.windows[split.train])
+    scale = spread(dataset.pieces(split.train))
     parts = [
         run_features(session, inject(dataset.windows[piece], scale, seed + number))[0]
         for number, piece in enumerate(dataset.chunks())

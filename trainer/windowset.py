@@ -78,6 +78,12 @@ class WindowSet:
         for start in range(0, len(self.windows), size):
             yield slice(start, min(start + size, len(self.windows)))
 
+    def pieces(self, rows: Int64s) -> Iterator[Float32s]:
+        """Some of the windows, `float32[M, W, C]` of about CHUNK_BYTES at a time."""
+        size = max(1, CHUNK_BYTES // max(1, self.windows[:1].nbytes))
+        for start in range(0, len(rows), size):
+            yield self.windows[rows[start : start + size]]
+
     def sha256(self) -> str:
         """Of windows, labels, groups and times as they are used."""
         digest = hashlib.sha256()

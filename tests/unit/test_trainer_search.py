@@ -7,6 +7,7 @@ classes; features ranked by the windows that judge.
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from itertools import count
 
@@ -16,7 +17,7 @@ import structlog
 
 from contract.errors import ConfigurationError
 from tests.window_sets import drawn_recipe, drawn_windows
-from trainer import families, search
+from trainer import families, search, windowset
 from trainer.candidates import Candidate, judge
 from trainer.errors import DataError, RecipeError, TrainingError
 from trainer.families import FAMILIES, Family, spaces_of
@@ -308,6 +309,27 @@ def test_faults_change_every_window_but_not_the_good_ones() -> None:
     assert (windows == before).all()
     assert (found != windows).any(axis=(1, 2)).all()
     assert (inject(windows, spread(windows), 5) == found).all()
+
+
+def test_the_spread_of_pieces_is_that_of_the_whole_and_holds_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = drawn_windows(count=6_000, rows=32, channels=4)
+    windows = dataset.windows
+    windows[:, :, 1] += 1e4  # far from zero: sums of squares alone would lose the digits
+    windows[::7, 3, 0] = np.nan
+    windows[5, 3, 0] = np.inf
+    windows[:, :, 2] = 3.0
+    windows[:, :, 3] = np.nan
+    values = np.where(np.isfinite(windows), windows, np.nan).reshape(-1, 4).astype(np.float64)
+    wanted = [*np.nanstd(values[:, :2], axis=0), 1.0, 1.0]
+    rows = np.arange(len(dataset))
+    assert spread(windows) == pytest.approx(wanted, rel=1e-12)
+    monkeypatch.setattr(windowset, "CHUNK_BYTES", 100_000)
+    tracemalloc.start()
+    try:
+        assert spread(dataset.pieces(rows)) == pytest.approx(wanted, rel=1e-12)
+        assert tracemalloc.get_traced_memory()[1] < windows.nbytes / 2
+    finally:
+        tracemalloc.stop()
 
 
 def test_selection_leaves_out_what_is_constant_or_a_copy_and_puts_the_best_first() -> None:
