@@ -258,16 +258,16 @@ def _rate(limits: Thresholds, profile: Profile) -> Finding:
 
 def _stuck(limits: Thresholds, profile: Profile) -> Finding:
     rows = {one.device: one.rows for one in profile.devices}
-    stuck = [one for one in profile.fields if one.constant_s > limits.stuck_s]
+    stuck = [one for one in profile.fields if one.stuck_rows]
     if not stuck:
         return ok("stuck", f"no field keeps one value for more than {limits.stuck_s:g} s")
-    most = max(stuck, key=lambda one: one.constant_rows / rows[one.device])
-    share = most.constant_rows / rows[most.device]
+    most = max(stuck, key=lambda one: one.stuck_rows / rows[one.device])
+    share = most.stuck_rows / rows[most.device]
     return Finding(
         check="stuck",
         verdict="fail" if share > limits.stuck_share_fail else "warn",
         detail=f"{len(stuck)} fields keep one value for more than {limits.stuck_s:g} s; {most.field} of {most.device} "
-        f"for {most.constant_s:.0f} s, {share:.0%} of its readings",
+        f"for {most.stuck_s:.0f} s in all, {share:.0%} of its readings",
         figures={"fields": [f"{one.device}/{one.field}" for one in stuck[:100]], "share_most": share},
         remedy="look at that sensor; leave the device or the field out, or raise [checks] stuck_s where this is normal",
     )

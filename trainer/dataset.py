@@ -150,7 +150,6 @@ class Cutter:
         self._ends_us: list[Int64s] = []
         self._devices: list[DeviceProfile] = []
         self._fields: list[FieldProfile] = []
-        self._longest_run = 0
 
     def cut(self, rows: DeviceRows, writer: WindowWriter) -> None:
         """Write the windows of a device.
@@ -194,7 +193,7 @@ class Cutter:
         )
         if len(self._devices) > DEVICES_MAX:
             raise DataError(f"there are more than {DEVICES_MAX} devices; take fewer with a WHERE in [data] sql")
-        self._fields += field_profiles(rows, self._recipe.data.fields)
+        self._fields += field_profiles(rows, self._recipe.data.fields, window, self._recipe.checks.stuck_s)
 
     def finish(self, folder: Path, dtypes: tuple[str, ...], streams: Mapping[str, int]) -> tuple[WindowSet, Profile]:
         """All that was cut; its windows are those in the folder.

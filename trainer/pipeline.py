@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from trainer.steps import Step
 
-_SHAPE = ("name", "task", "data", "labels", "window", "split")
-
-DATASET = Step("dataset", "trainer.dataset:step", (), _SHAPE, pins="trainer.dataset:pins")
+DATASET = Step(
+    "dataset",
+    "trainer.dataset:step",
+    (),
+    ("name", "task", "data", "labels", "window", "split", "checks.stuck_s"),
+    pins="trainer.dataset:pins",
+)
 CHECKS = Step("checks", "trainer.checks:step", (DATASET,), ("task", "split", "window", "checks"))
 SEARCH = Step(
     "search",

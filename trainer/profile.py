@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from contract.models import Window
 from trainer.errors import DataError
-from trainer.rows import DeviceRows
+from trainer.rows import DeviceRows, Float32s, Int64s
 from trainer.windows import runs_of
 
 Row = TypeVar("Row", bound=msgspec.Struct)
@@ -53,10 +53,10 @@ class FieldProfile(msgspec.Struct, frozen=True, kw_only=True):
     infinite: int
     minimum: float | None
     maximum: float | None
-    constant_rows: int
-    """Of the longest stretch with one and the same value."""
-    constant_s: float
-    """How long that stretch took."""
+    stuck_rows: int
+    """In stretches without a gap that have one and the same value for longer than `[checks] stuck_s`."""
+    stuck_s: float
+    """How long those took together."""
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,16 +112,23 @@ def device_figures(rows: DeviceRows, window: Window) -> dict[str, Any]:
     }
 
 
-def field_profiles(rows: DeviceRows, fields: tuple[str, ...]) -> list[FieldProfile]:
-    """The figures of each field of a device."""
-    return [_field(rows, number, name) for number, name in enumerate(fields)]
+def field_profiles(rows: DeviceRows, fields: tuple[str, ...], window: Window, stuck_s: float) -> list[FieldProfile]:
+    """The figures of each field of a device.
+
+    Args:
+        rows: of the device.
+        fields: names of its columns.
+        window: whose gaps end a stretch of one value.
+        stuck_s: how long such a stretch may be.
+    """
+    runs = runs_of(rows.ts_us, window, rows.epochs).starts
+    return [_field(rows, number, name, runs, stuck_s) for number, name in enumerate(fields)]
 
 
-def _field(rows: DeviceRows, number: int, name: str) -> FieldProfile:
+def _field(rows: DeviceRows, number: int, name: str, runs: Int64s, stuck_s: float) -> FieldProfile:
     values = rows.values[:, number]
     finite = values[np.isfinite(values)]
-    length, begin = _longest_constant(values)
-    seconds = max(0, int(rows.ts_us[begin + length - 1]) - int(rows.ts_us[begin])) / 1e6 if length else 0.0
+    stuck_rows, stuck_us = _stuck(values, rows.ts_us, runs, stuck_s * 1e6)
     return FieldProfile(
         device=rows.device,
         field=name,
@@ -130,16 +137,15 @@ def _field(rows: DeviceRows, number: int, name: str) -> FieldProfile:
         infinite=int(np.isinf(values).sum()),
         minimum=float(finite.min()) if len(finite) else None,
         maximum=float(finite.max()) if len(finite) else None,
-        constant_rows=length,
-        constant_s=seconds,
+        stuck_rows=stuck_rows,
+        stuck_s=stuck_us / 1e6,
     )
 
 
-def _longest_constant(values: np.ndarray[Any, np.dtype[np.float32]]) -> tuple[int, int]:
-    """Length and begin of the longest stretch of one value; NaN equals nothing."""
-    if not len(values):
-        return 0, 0
-    edges = np.concatenate(([0], np.flatnonzero(values[1:] != values[:-1]) + 1, [len(values)]))
-    lengths = np.diff(edges)
-    longest = int(lengths.argmax())
-    return int(lengths[longest]), int(edges[longest])
+def _stuck(values: Float32s, ts_us: Int64s, runs: Int64s, limit_us: float) -> tuple[int, int]:
+    """Rows and microseconds of all stretches of one value that are longer than the limit; NaN equals nothing."""
+    starts = np.union1d(runs, np.flatnonzero(values[1:] != values[:-1]) + 1).astype(np.int64)
+    lengths = np.diff(starts, append=len(values))
+    took_us = ts_us[starts + lengths - 1] - ts_us[starts]
+    stuck = took_us > limit_us
+    return int(lengths[stuck].sum()), int(took_us[stuck].sum())

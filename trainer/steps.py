@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,7 +117,8 @@ class Step(NamedTuple):
     needs: tuple[Step, ...]
     """Steps whose outputs it reads."""
     reads: tuple[str, ...]
-    """Keys of the recipe that decide what comes out; a change of any other does not make it run again."""
+    """Keys of the recipe (`data`, `checks.stuck_s`) that decide what comes out; a change of any other does not make it
+    run again."""
     pins: str = ""
     """`module:name` of the function `(StepContext) -> versions by path` of the tables it reads; empty: none."""
     after: str = ""
@@ -289,7 +291,7 @@ def _key(context: StepContext, step: Step, taken: Mapping[str, int] | None) -> t
         pinned = taken if taken is not None else _load(step.pins)(context)
     inputs = {
         "step": step.name,
-        "recipe": {name: msgspec.to_builtins(getattr(context.recipe, name)) for name in step.reads},
+        "recipe": {name: msgspec.to_builtins(attrgetter(name)(context.recipe)) for name in step.reads},
         "seed": context.seed,
         "pins": dict(sorted(pinned.items())),
         "needs": before,

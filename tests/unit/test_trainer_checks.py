@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from contract.models import Window
 from tests.unit.trainer_sets import STEP_US, recipe, window_set, with_labels
 from trainer.checks import check_rows, check_split
 from trainer.findings import Finding, Report, readable, worst
@@ -46,8 +47,8 @@ FIELD = FieldProfile(
     infinite=0,
     minimum=-1.0,
     maximum=1.0,
-    constant_rows=2,
-    constant_s=0.02,
+    stuck_rows=0,
+    stuck_s=0.0,
 )
 
 
@@ -82,8 +83,8 @@ def test_sound_data_passes_every_check() -> None:
         ("duplicates", {"device": {"duplicates": 100}}, "fail", ("10.00%", "QUALIFY")),
         ("order", {"device": {"backwards": 3}}, "warn", ("3 times", "clock")),
         ("gaps", {"device": {"windowed_rows": 400, "runs": 30}}, "fail", ("29 gaps", "60.0%", "gap_s")),
-        ("stuck", {"field": {"constant_s": 100.0, "constant_rows": 100}}, "warn", ("x of g0", "100 s", "10%")),
-        ("stuck", {"field": {"constant_s": 600.0, "constant_rows": 600}}, "fail", ("60%", "stuck_s")),
+        ("stuck", {"field": {"stuck_s": 100.0, "stuck_rows": 100}}, "warn", ("x of g0", "100 s", "10%")),
+        ("stuck", {"field": {"stuck_s": 600.0, "stuck_rows": 600}}, "fail", ("60%", "stuck_s")),
     ],
 )
 def test_what_is_wrong_with_the_rows_is_found(
@@ -191,9 +192,21 @@ def test_figures_of_a_device_are_those_of_its_rows() -> None:
         "first_us": 0,
         "last_us": 201 * STEP_US,
     }
-    x, y = field_profiles(rows, ("x", "y"))
-    assert (x.constant_rows, x.constant_s, x.minimum, x.maximum) == (3, 0.02, 1.0, 4.0)
+    x, y = field_profiles(rows, ("x", "y"), RECIPE.window, 0.01)
+    assert (x.stuck_rows, x.stuck_s, x.minimum, x.maximum) == (3, 0.02, 1.0, 4.0)
     assert (y.nulls, y.nans, y.infinite, y.minimum, y.maximum) == (1, 0, 1, -7.0, 6.0)
+
+
+def test_a_field_is_stuck_in_all_its_long_stretches_but_not_over_a_gap() -> None:
+    """A value kept for 3 s, four times; then the same value on both sides of gaps of 100 s, 2 s each time."""
+    ts = np.concatenate([np.arange(28), 200 + np.arange(3), 300 + np.arange(3), 400 + np.arange(3)]) * 1_000_000
+    x = np.concatenate([np.repeat([1, 2, 1, 2], 4), np.arange(12), np.full(9, 7)]).astype(np.float32)
+    rows = DeviceRows("a", ts, x[:, np.newaxis], np.zeros(0, np.int64), np.zeros(1, np.int64))
+    (found,) = field_profiles(rows, ("x",), Window(rows=4, stride=2, gap_s=1.0), 2.0)
+    assert (found.stuck_rows, found.stuck_s) == (16, 12.0)
+    again = DeviceRows("a", ts, x[:, np.newaxis], np.array([2, 6, 10, 14]), np.zeros(1, np.int64))
+    (found,) = field_profiles(again, ("x",), Window(rows=4, stride=2, gap_s=1.0), 2.0)
+    assert (found.stuck_rows, found.stuck_s) == (0, 0.0)
 
 
 def test_a_profile_is_read_back_as_it_was(tmp_path: Any) -> None:
