@@ -26,7 +26,13 @@ EVALUATE = Step(
     ("name", "task", "window", "search", "labels", "report"),
 )
 EXPORT = Step("export", "trainer.export:step", (DATASET, CHECKS, SEARCH), ("name", "task", "data", "window", "limits"))
-RELEASE = Step("release", "trainer.release:step", (DATASET, EVALUATE, EXPORT), ("name", "limits", "policy", "search"))
+RELEASE = Step(
+    "release",
+    "trainer.release:step",
+    (DATASET, EVALUATE, EXPORT),
+    ("name", "limits", "policy", "search"),
+    reads_text=True,  # the manifest holds it
+)
 
 STEPS: dict[str, Step] = {step.name: step for step in (DATASET, CHECKS, SEARCH, EVALUATE, EXPORT, RELEASE)}
 """By name, each after those it needs."""

@@ -121,6 +121,8 @@ class Step(NamedTuple):
     run again."""
     pins: str = ""
     """`module:name` of the function `(StepContext) -> versions by path` of the tables it reads; empty: none."""
+    reads_text: bool = False
+    """Whether the recipe's text as it is goes into what comes out, so that any change makes it run again."""
     after: str = ""
     """`module:name` of a function `(StepContext) -> None` for what must not be done before the step is published: by
     its run, or where that was killed or the function failed, by the next one, which skips the step. Empty: nothing."""
@@ -294,6 +296,7 @@ def _key(context: StepContext, step: Step, taken: Mapping[str, int] | None) -> t
         "recipe": {name: msgspec.to_builtins(attrgetter(name)(context.recipe)) for name in step.reads},
         "seed": context.seed,
         "pins": dict(sorted(pinned.items())),
+        "text": hashlib.sha256(context.recipe_text.encode()).hexdigest() if step.reads_text else "",
         "needs": before,
         "source": source_sha256(),
         "packages": packages(),

@@ -19,6 +19,7 @@ from tests.unit.trainer_sets import recipe
 from trainer import files, steps
 from trainer.errors import DataError, DiskFullError, StepNotReadyError
 from trainer.files import locked
+from trainer.pipeline import RELEASE
 from trainer.steps import Step, StepContext, current, read_record, run_step
 
 CALLS: list[str] = []
@@ -113,6 +114,18 @@ def test_a_step_runs_again_when_an_input_changed(
 def test_a_change_that_a_step_does_not_read_does_not_run_it_again(context: StepContext) -> None:
     run_step(context, FIRST)
     assert run_step(replace(context, recipe=recipe(search={"trials": 7})), FIRST).skipped
+
+
+def test_a_step_whose_outcome_holds_the_text_of_the_recipe_runs_again_when_it_changed(context: StepContext) -> None:
+    """Gateways read `[rollout]` and `[policy]` of a release out of that text."""
+    assert RELEASE.reads_text
+    other = replace(context, recipe_text="[rollout]")
+    run_step(context, FIRST)
+    assert run_step(other, FIRST).skipped
+    holds = FIRST._replace(reads_text=True)
+    run_step(context, holds)
+    assert run_step(context, holds).skipped
+    assert not run_step(other, holds).skipped
 
 
 def test_a_step_may_keep_the_versions_that_it_took(context: StepContext) -> None:
