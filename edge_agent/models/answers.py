@@ -71,11 +71,17 @@ def answer(served: Served, method: str, target: str, body: bytes, limits: Infere
         limits: of the request.
     """
     try:
-        return _answer(
-            served, method, [unquote(part) for part in urlsplit(target).path.strip("/").split("/")], body, limits
-        )
+        return _answer(served, method, _parts(target), body, limits)
     except Unanswered as refusal:
         return Answer(refusal.status, encode_error(refusal))
+
+
+def _parts(target: str) -> list[str]:
+    try:
+        path = urlsplit(target).path
+    except ValueError as error:
+        raise Unanswered(400, f"{target[:80]!r} is no path ({error}); ask for one such as /v2/models/NAME") from error
+    return [unquote(part) for part in path.strip("/").split("/")]
 
 
 def _answer(served: Served, method: str, parts: list[str], body: bytes, limits: InferenceLimits) -> Answer:

@@ -1,9 +1,8 @@
 """The device's own inference endpoint: Open Inference Protocol v2 on a Unix socket, or on loopback (see
 `contract.inference`).
 
-It stands beside sampling and never before it: few threads, bounded bodies, and what it asks of the models it asks
-through `Served.infer`, which says 503 at once where the model's worker has enough to do. A connection carries one
-request.
+It stands beside sampling and never before it: few threads, bounded bodies, and what it asks of the models waits for the
+worker that scores the live windows. A connection carries one request; beyond `CONNECTIONS_MAX`, 503 is said at once.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ __all__ = ["DEVICE_LIMITS", "Address", "Endpoint", "Served", "read_address"]
 _log = structlog.get_logger()
 
 THREADS_MAX = 2
+"""Requests that are worked on; the rest of the connections waits for them."""
 CONNECTIONS_MAX = 8
 """Answered and waiting together; more are told 503."""
 SILENCE_S = 5.0

@@ -38,7 +38,8 @@ REQUESTS_MAX = 8
 IDLE_S = 1.0
 LATENCIES_MAX = 512
 """The latest, for quantiles."""
-DEADLINE_S_MIN, DEADLINE_S_MAX = 1.0, 30.0
+DEADLINE_S_MIN, DEADLINE_S_MAX = 1.0, 20.0
+"""Of one run. The agent ends a worker that makes no progress for 30 s, so a run that hangs must be ended before."""
 _DEADLINE_LATENCIES = 10
 _NOTICE_S = 60.0
 
@@ -48,7 +49,7 @@ class BusyError(TemporaryError):
 
 
 class LateError(TemporaryError):
-    """The worker did not get to it in time."""
+    """There was no answer in time."""
 
 
 @dataclass
@@ -126,7 +127,7 @@ class _Request:
         self.loaded, self.windows = loaded, windows
         self.done = threading.Event()
         self.outputs: dict[str, Any] = {}
-        self.error: ModelError | None = None
+        self.error: ModelError | LateError | None = None
 
 
 class Engine:
@@ -151,7 +152,7 @@ class Engine:
         self.schemas: dict[str, pa.Schema] = {}
         """The latest schema of each stream, `ts` included."""
         self.progress_s = clock_s()
-        """Monotonic time of the worker's last round."""
+        """Monotonic time of the worker's last round, or of the last run that it began."""
 
     # What runs.
 
@@ -189,6 +190,11 @@ class Engine:
     def models(self) -> Mapping[str, Manifest]:
         """The manifest of each model that answers now."""
         return {model: loaded.manifest for model, loaded in self.answering().items()}
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """Predictions of each model that found their queue full, since the start."""
+        return self._writer.dropped
 
     # From the recorder's thread.
 
@@ -229,7 +235,7 @@ class Engine:
             KeyError: it does not answer here.
             ModelError: it failed.
             BusyError: too many wait already.
-            LateError: the worker did not get to it in time.
+            LateError: the worker did not get to it in time, or the model took too long for one window.
         """
         loaded = self.answering()[model]
         if loaded.manifest.version != version:
@@ -318,6 +324,7 @@ class Engine:
     def _outcome(self, loaded: Loaded, cut: Cut) -> Outcome | None:
         """What a release says of a window; None where it failed or took too long."""
         counters, watchdog = loaded.counters, self._watching()
+        self.progress_s = self._clock_s()
         options = watchdog.begin(loaded.deadline_s)
         began_ns = time.perf_counter_ns()
         try:
@@ -335,15 +342,21 @@ class Engine:
 
     def _answer(self, request: _Request) -> None:
         watchdog = self._watching()
+        self.progress_s = self._clock_s()
         model = request.loaded.model
-        options = watchdog.begin(request.loaded.deadline_s)
+        limit_s = request.loaded.deadline_s
+        options = watchdog.begin(limit_s)
+        failure: ModelError | None = None
         try:
             outputs = model.run(request.windows, options)
             request.outputs = dict(zip(model.outputs, outputs, strict=True))
         except ModelError as error:
-            request.error = error
+            failure = error
         finally:
-            watchdog.end()
+            late = watchdog.end()
+            if failure is not None:
+                stopped = LateError(f"the model was stopped after {limit_s:g} s; send fewer windows")
+                request.error = stopped if late else failure
             request.done.set()
 
     def _watching(self) -> Watchdog:

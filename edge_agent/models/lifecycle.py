@@ -81,6 +81,13 @@ class NotOpened:
 
 
 @dataclass(frozen=True)
+class Repeated:
+    """The order that was opened last came again."""
+
+    sequence: int
+
+
+@dataclass(frozen=True)
 class Verified:
     """The order is right by the newest keys, and its release's manifest is trusted and in the store.
 
@@ -110,11 +117,16 @@ class Later:
 
 @dataclass(frozen=True)
 class Ended:
-    """A job, or the candidate in use, ended the order: REJECTED or FAILED."""
+    """A job, or the candidate in use, ended the order: REJECTED or FAILED.
+
+    Attributes:
+        passing: REJECTED for a reason that may pass, so the same order may come again.
+    """
 
     sequence: int
     state: DeviceState
     why: str
+    passing: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,6 +194,7 @@ class Stopping:
 Event: TypeAlias = (
     Ordered
     | NotOpened
+    | Repeated
     | Verified
     | Done
     | Later
@@ -242,6 +255,9 @@ def step(record: ModelRecord, event: Event, now_us: int) -> Step:
         return _ordered(record, event, now_us)
     if isinstance(event, NotOpened):
         return _not_opened(record, event, now_us)
+    if isinstance(event, Repeated):
+        is_latest = record.seen is not None and record.seen.sequence == event.sequence
+        return Step(replace(record, claimed=None) if is_latest else record, False)
     if isinstance(event, ActiveLoading | ActiveProven | ActiveBroken | Stopping):
         return _active(record, event, now_us)
     order, assignment = record.order, record.assignment
@@ -262,7 +278,7 @@ def _in_progress(record: ModelRecord, order: ReportedOrder, assignment: Assignme
     if isinstance(event, Later):
         return Step(replace(record, order=replace(order, reason=_short(event.why))), False)
     if isinstance(event, Ended):
-        return _end(record, event.state, event.why, now_us)
+        return _end(record, event.state, event.why, now_us, passing=event.passing)
     if isinstance(event, Loading):
         return _loading(record, order, assignment, event, now_us)
     if isinstance(event, Scored) and order.state in _LOADED:
@@ -274,7 +290,7 @@ def _in_progress(record: ModelRecord, order: ReportedOrder, assignment: Assignme
 
 
 def _ordered(record: ModelRecord, event: Ordered, now_us: int) -> Step:
-    assignment, seen = event.assignment, record.seen
+    assignment, seen = event.assignment, record.heard
     if seen is not None and seen.key == event.seen.key and event.seen.sequence <= seen.sequence:
         return Step(record, False)
     changes: tuple[Change, ...] = ()
@@ -291,6 +307,8 @@ def _ordered(record: ModelRecord, event: Ordered, now_us: int) -> Step:
         envelope=event.envelope,
         assignment=assignment,
         order=_order(assignment, DeviceState.ASSIGNED, "", now_us),
+        passing=False,
+        claimed=None,
     )
     if _is_so(record.active, assignment):
         final = _enter(fresh, DeviceState.COMMITTED, now_us, "it was so already")
@@ -305,9 +323,9 @@ def _ordered(record: ModelRecord, event: Ordered, now_us: int) -> Step:
 
 
 def _not_opened(record: ModelRecord, event: NotOpened, now_us: int) -> Step:
-    """Shown where nothing better is to be shown; the order that was opened last is followed on all the same."""
-    claimed, old = event.claimed, record.order
-    busy = old is not None and record.assignment is not None and old.state not in FINAL_STATES
+    """Shown where nothing better is to be shown; what is remembered of the order that was opened last stays."""
+    claimed, old = event.claimed, record.shown
+    busy = record.order is not None and record.assignment is not None and record.order.state not in FINAL_STATES
     if busy or (record.seen is not None and claimed.sequence <= record.seen.sequence):
         return Step(record, False)
     state = DeviceState.REJECTED if event.final else DeviceState.ASSIGNED
@@ -316,7 +334,7 @@ def _not_opened(record: ModelRecord, event: NotOpened, now_us: int) -> Step:
         return Step(record, False)
     was = old.state if old is not None and old.sequence == order.sequence else None
     changes = () if was is state else (Change(order, was),)
-    return Step(replace(record, order=order, assignment=None, envelope=None), False, changes)
+    return Step(replace(record, claimed=order), False, changes)
 
 
 # Jobs.
@@ -404,7 +422,7 @@ def _tick(record: ModelRecord, order: ReportedOrder, assignment: Assignment, eve
     waited = f"; last trouble: {order.reason}" if order.reason else ""
     if expired and order.state in _BEFORE_BEGUN:
         why = f"it could not be begun before {assignment.not_after_us} us{waited}; start the rollout again"
-        return _end(record, DeviceState.REJECTED, why, now_us)
+        return _end(record, DeviceState.REJECTED, why, now_us, passing=True)
     if expired and order.state in _BEFORE_LOADED:
         why = f"it was in {order.state.value} at {assignment.not_after_us} us, its end{waited}; start the rollout again"
         return _end(record, DeviceState.TIMED_OUT, why, now_us)
@@ -457,11 +475,12 @@ def _rolled_back(record: ModelRecord, broken: Release, why: str, now_us: int) ->
 def _enter(record: ModelRecord, state: DeviceState, now_us: int, reason: str = "") -> Step:
     assert record.order is not None
     order = replace(record.order, state=state, reason=_short(reason), since_us=now_us)
-    return Step(replace(record, order=order), True, (Change(order, record.order.state),))
+    return Step(replace(record, order=order, claimed=None), True, (Change(order, record.order.state),))
 
 
-def _end(record: ModelRecord, state: DeviceState, why: str, now_us: int) -> Step:
-    return _enter(replace(record, candidate=None, starts=0), state, now_us, why)
+def _end(record: ModelRecord, state: DeviceState, why: str, now_us: int, *, passing: bool = False) -> Step:
+    made = replace(record, candidate=None, starts=0, passing=passing and state is DeviceState.REJECTED)
+    return _enter(made, state, now_us, why)
 
 
 def _denied(record: ModelRecord, sha256: str, why: str) -> ModelRecord:

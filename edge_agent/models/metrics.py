@@ -36,6 +36,13 @@ class ModelMetrics:
             _PREFIX + "orders_refused_total", "Orders that were not followed", ("reason",), registry=registry
         )
         self.store_errors = Counter(_PREFIX + "store_errors_total", "Records that the disk refused", registry=registry)
+        self._dropped = Counter(
+            _PREFIX + "dropped_predictions_total",
+            "Predictions that found their queue full and are lost",
+            ("model",),
+            registry=registry,
+        )
+        self._dropped_before: dict[str, int] = {}
         self._store_bytes = Gauge(_PREFIX + "store_bytes", "Releases and half downloads on disk", registry=registry)
         Gauge(_PREFIX + "store_bytes_max", "Limit of the store", registry=registry).set(store_bytes_max)
         self._figures = {
@@ -43,9 +50,19 @@ class ModelMetrics:
             for member, (name, text) in _FIGURES.items()
         }
 
-    def show(self, models: Mapping[str, ReportedModel], store_bytes: int) -> None:
-        """Take over the figures of now."""
+    def show(self, models: Mapping[str, ReportedModel], store_bytes: int, dropped: Mapping[str, int]) -> None:
+        """Take over the figures of now.
+
+        Args:
+            models: as reported.
+            store_bytes: releases and half downloads.
+            dropped: predictions dropped since the start, by model.
+        """
         self._store_bytes.set(store_bytes)
+        for name in models:
+            count = dropped.get(name, 0)
+            self._dropped.labels(name).inc(count - self._dropped_before.get(name, 0))
+            self._dropped_before[name] = count
         for name, told in models.items():
             for member, gauge in self._figures.items():
                 gauge.labels(name).set(getattr(told, member))

@@ -45,6 +45,17 @@ class TrustReason(StrEnum):
     """What has to be read did not come."""
 
 
+PASSING = frozenset(
+    {
+        TrustReason.BAD_SIGNATURE,
+        TrustReason.ORDER_EXPIRED,
+        TrustReason.EXPIRED_METADATA,
+        TrustReason.UNAPPROVED,
+    }
+)
+"""Whoever signs and approves may mend these: the same order may be right when it comes again."""
+
+
 class Distrusted(HeadwaterError):
     """Final: reject the order. The message names the thing, the value and the remedy.
 

@@ -43,6 +43,10 @@ class ChildFailedError(HeadwaterError):
     """The child ended without an answer: it crashed, hung, or was killed by a limit. Says which."""
 
 
+class NoChildError(ChildFailedError, TemporaryError):
+    """No child could be started: the device has too little memory or too many processes at the moment."""
+
+
 class CancelledError(TemporaryError):
     """Nobody wants the answer any more."""
 
@@ -71,10 +75,13 @@ def probe_model(request: ProbeRequest, cancel: threading.Event) -> str:
     """Try a model; why it failed, empty when it did not.
 
     Raises:
+        NoChildError: it was not tried.
         CancelledError: `cancel` was set.
     """
     try:
         return _ask("probe", request, cancel).error
+    except NoChildError:
+        raise
     except ChildFailedError as error:
         return str(error)
 
@@ -88,8 +95,10 @@ def _opened(command: str, request: OpenRequest, cancel: threading.Event) -> tupl
 
 def _ask(command: str, request: Request, cancel: threading.Event) -> Answer:
     """Run a child to its end, or to the request's."""
-    stdin, stdout, stderr = (os.memfd_create(f"models-{name}") for name in ("in", "out", "err"))
+    handles: list[int] = []
     try:
+        handles.extend(os.memfd_create(f"models-{name}") for name in ("in", "out", "err"))
+        stdin, stdout, stderr = handles
         _write_all(stdin, msgspec.json.encode(request))
         os.lseek(stdin, 0, os.SEEK_SET)
         child = subprocess.Popen(
@@ -112,9 +121,9 @@ def _ask(command: str, request: Request, cancel: threading.Event) -> Answer:
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise ChildFailedError(f"the process that should {command} said nothing that can be read") from error
     except OSError as error:
-        raise ChildFailedError(f"no process could be started to {command} ({error}); free memory") from error
+        raise NoChildError(f"no process could be started to {command} ({error}); free memory") from error
     finally:
-        for handle in (stdin, stdout, stderr):
+        for handle in handles:
             os.close(handle)
 
 

@@ -7,6 +7,7 @@ side.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -66,8 +67,8 @@ class PredictionWriter:
         self._sink_of, self._every = sink_of, features_every
         self._sinks: dict[str, Sink] = {}
         self._written: dict[str, int] = {}
-        self.dropped = 0
-        """Rows that found the queue full."""
+        self.dropped: Counter[str] = Counter()
+        """Rows that found the queue full, by model."""
 
     def write(self, model: str, cut: Cut, outcome: Outcome, shadow: Outcome | None) -> None:
         """One row."""
@@ -94,4 +95,4 @@ class PredictionWriter:
             "shadow_label": None if shadow is None else shadow.answer.label,
         }
         if not sink.put(SCHEMA, Reading(values, cut.end_us), 0.0, _NEVER):
-            self.dropped += 1
+            self.dropped[model] += 1

@@ -56,11 +56,26 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
     assignment: Assignment | None = None
     order: ReportedOrder | None = None
     """How far this device is with it."""
+    passing: bool = False
+    """It was rejected for a reason that may pass: the same order is followed when it comes again and is right then."""
+    claimed: ReportedOrder | None = None
+    """A newer order that was not opened. It is only shown, until the proven one is heard again or has news."""
     starts: int = 0
     """Times that the candidate was loaded, and the process neither committed nor stopped in order."""
     active_starts: int = 0
     """The same of the active one, until it has scored for a while."""
     denied: tuple[Denied, ...] = ()
+
+    @property
+    def shown(self) -> ReportedOrder | None:
+        """What is reported."""
+        return self.claimed or self.order
+
+    @property
+    def heard(self) -> Seen | None:
+        """What an order is compared with to tell whether it is new."""
+        seen = self.seen
+        return Seen(sequence=seen.sequence - 1, key=seen.key) if seen is not None and self.passing else seen
 
     def denial(self, sha256: str) -> str | None:
         """Why a model may not be loaded; None when it may."""

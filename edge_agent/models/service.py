@@ -41,6 +41,7 @@ from edge_agent.models.lifecycle import (
     Loading,
     NotOpened,
     Ordered,
+    Repeated,
     Scored,
     Stopping,
     Tick,
@@ -160,7 +161,13 @@ class ModelService:
             record = self._records.get(name, ModelRecord(model=name))
             candidate = None if record.candidate is None else record.candidate.version
             denied = {each.sha256: each.reason for each in record.denied}
-            answer[name] = {**msgspec.to_builtins(told), "candidate": candidate, "denied": denied}
+            dropped = self._engine.dropped.get(name, 0)
+            answer[name] = {
+                **msgspec.to_builtins(told),
+                "candidate": candidate,
+                "denied": denied,
+                "dropped_predictions": dropped,
+            }
         return answer
 
     def stop(self) -> None:
@@ -216,7 +223,7 @@ class ModelService:
             return
         if not envelopes or not self._settings.url:
             return
-        seen = {name: record.seen for name, record in self._records.items() if record.seen is not None}
+        seen = {name: heard for name, record in self._records.items() if (heard := record.heard) is not None}
         self._orders.give(lambda cancel: self._opened(payload, envelopes, seen, cancel))
 
     def _opened(
@@ -241,7 +248,10 @@ class ModelService:
         if not answer.reason and claimed is not None:
             seen = Seen(sequence=claimed.sequence, key=answer.key)
             self._events.append((claimed.model, Ordered(claimed, seen, envelope)))
-        elif answer.reason != TrustReason.REPEATED:
+        elif answer.reason == TrustReason.REPEATED:
+            if claimed is not None and claimed.model in self._records:
+                self._events.append((claimed.model, Repeated(claimed.sequence)))
+        else:
             self._refuse("unknown" if claimed is None else claimed.model, answer.reason, answer.message)
             shown = claimed is not None and is_name(claimed.model) and answer.reason not in _NOT_SHOWN
             if claimed is not None and shown and (claimed.model in self._records or len(self._records) < MODELS_MAX):
@@ -280,6 +290,8 @@ class ModelService:
         self._follow_retries(model, record, event)
         for change in step.changes:
             self._changed_state(model, change)
+        if isinstance(event, Repeated) and step.record.shown != record.shown:
+            self._changed()
 
     def _follow_retries(self, model: str, before: ModelRecord, event: Event) -> None:
         if isinstance(event, Later):
@@ -396,6 +408,8 @@ class ModelService:
     def _load_candidate(self, model: str, release: Release) -> None:
         assignment, starts = self._records[model].assignment, self._records[model].starts
         assert assignment is not None
+        if self._clock.monotonic_s() < self._store_retry_s:
+            return  # the count of starts would not be kept
         self._take(model, Loading(assignment.sequence, beside=model in self._active))
         record = self._records[model]
         if lifecycle.work(record).candidate != release or record.starts <= starts:
@@ -424,6 +438,8 @@ class ModelService:
                 self._releases.cancel()  # nobody wants it any more
         if job is None or record.assignment is None or not self._releases.idle:
             return
+        if self._events:
+            return  # what a job has just brought is not in the records yet, and no file of it is in a slot
         if now_s < self._retry_s.get(model, 0.0):
             return
         self._busy_with = (model, record.assignment.sequence, job)
@@ -446,7 +462,7 @@ class ModelService:
         answering = self._engine.answering()
         told = {model: _reported(answering.get(model), record) for model, record in self._records.items()}
         self._told = told
-        self._metrics.show(told, self._store.used_bytes())
+        self._metrics.show(told, self._store.used_bytes(), self._engine.dropped)
 
     def _backoff(self) -> Backoff:
         return Backoff(self._settings.retry_base_s, self._settings.retry_max_s, self._rng)
@@ -461,7 +477,7 @@ def _reported(loaded: Loaded | None, record: ModelRecord) -> ReportedModel:
         active=0,
         previous=0 if record.previous is None else record.previous.version,
         previous_sha256="" if record.previous is None else record.previous.sha256,
-        order=record.order,
+        order=record.shown,
     )
     if loaded is None:
         return slots

@@ -95,9 +95,20 @@ class ReleaseStore:
             raise StoreUnavailableError(
                 f"[models] folder = {str(folder)!r}: {error}; let the agent write there"
             ) from error
+        self._sweep()
         self._in_use: dict[str, ModelRecord] = self._load_records()
         self.factory: dict[str, FactoryRelease] = {} if factory is None else self._load_factory(factory)
         """By model."""
+
+    def _sweep(self) -> None:
+        """Remove what verifying children left that were killed."""
+        try:
+            for path in self.metadata.rglob(".*.part"):
+                self._remove(path)
+            for path in self.metadata.glob("target-*"):
+                shutil.rmtree(path)
+        except OSError as error:
+            _log.warning("model_metadata_not_swept", error=str(error))
 
     def close(self) -> None:
         """Let another process use the folder."""

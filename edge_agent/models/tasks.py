@@ -14,7 +14,7 @@ from edge_agent.models import parent
 from edge_agent.models.child import Opened, OpenRequest, ProbeRequest
 from edge_agent.models.download import Cancel, Timeouts, WrongContentError, download
 from edge_agent.models.lifecycle import Done, Ended, Event, Job, Later, Verified
-from edge_agent.models.orders import Seen, TrustPlace
+from edge_agent.models.orders import PASSING, Seen, TrustPlace
 from edge_agent.models.parent import CancelledError, ChildFailedError
 from edge_agent.models.precheck import Surroundings, precheck
 from edge_agent.models.record import ModelRecord, Release
@@ -97,7 +97,9 @@ class Tasks:
             return Later(sequence, f"it could not be verified: {error}")
         if opened.reason:
             why = f"{opened.reason}: {opened.message}"
-            return Ended(sequence, DeviceState.REJECTED, why) if opened.final else Later(sequence, why)
+            if not opened.final:
+                return Later(sequence, why)
+            return Ended(sequence, DeviceState.REJECTED, why, passing=opened.reason in PASSING)
         manifest = opened.manifest
         if opened.assignment != record.assignment or (manifest is None) != (record.assignment.version == 0):
             return Ended(sequence, DeviceState.REJECTED, "the order as it was kept is another one; start it again")

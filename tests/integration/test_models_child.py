@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from contract.errors import TemporaryError
 from contract.models import Artifact, Cost, Probe
 from edge_agent.models.child import ProbeRequest
 from edge_agent.models.parent import CancelledError, probe_model
@@ -87,6 +91,18 @@ def test_a_file_changed_after_its_download_is_not_tried(tmp_path: Path) -> None:
     manifest = manifest_of(model())
     request = ProbeRequest(model=str(tmp_path / "model"), manifest=manifest, known="", deadline_s=30.0)
     assert "changed on disk" in probe_model(request, threading.Event())
+
+
+@pytest.mark.parametrize("what", [(subprocess, "Popen"), (os, "memfd_create")])
+def test_a_device_that_can_start_no_process_now_has_tried_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: tuple[Any, str]
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, "no more processes")
+
+    monkeypatch.setattr(*what, refused)
+    with pytest.raises(TemporaryError, match="no more processes"):
+        probed(tmp_path, model())
 
 
 def test_nobody_waits_for_a_child_that_is_not_wanted_any_more(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 from contract.errors import ConfigurationError
 from contract.inference import InferenceLimits, Tensor, Unanswered, decode_response
 from edge_agent.models import endpoint as module
+from edge_agent.models.answers import answer
 from edge_agent.models.endpoint import Endpoint, read_address
 from tests.integration.servers import PATIENCE_S, wait_until
 from tests.unit.inference_parts import body, manifest
@@ -104,6 +105,11 @@ def test_windows_are_scored_and_the_label_is_said_in_words(served):
     found = {tensor.name: tensor for tensor in answer.outputs}
     assert found["score"].data == values.reshape(2, 4, 2).mean(axis=1).ravel().tolist()
     assert found["label_name"].data == ["high", "high"]
+
+
+def test_a_target_that_is_no_path_is_the_clients_mistake(models):
+    status, refusal = answer(models, "GET", "http://[/v2", b"")
+    assert (status, b"is no path" in refusal) == (400, True)
 
 
 def test_health_and_metadata(served, models):

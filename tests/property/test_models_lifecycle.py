@@ -23,6 +23,7 @@ from edge_agent.models.lifecycle import (
     Loading,
     NotOpened,
     Ordered,
+    Repeated,
     Scored,
     Stopping,
     Tick,
@@ -68,6 +69,8 @@ events = st.one_of(
     st.builds(Done, sequences, st.sampled_from(Job)),
     st.builds(Later, sequences, st.just("why")),
     st.builds(Ended, sequences, st.sampled_from([DeviceState.REJECTED, DeviceState.FAILED]), st.just("why")),
+    st.builds(Ended, sequences, st.just(DeviceState.REJECTED), st.just("why"), st.just(True)),
+    st.builds(Repeated, sequences),
     st.builds(Loading, sequences, st.booleans()),
     st.builds(Scored, sequences, few, few, few, few, few),
     st.builds(Tick, st.sampled_from([0.0, 61.0]), st.booleans()),
@@ -100,7 +103,9 @@ def test_whatever_happens_the_record_stays_legal(history) -> None:
         states = [change.order.state for change in made.changes]
         if before.order is not None and before.order.state in FINAL_STATES and record.order is not None:
             same = record.order.sequence == before.order.sequence and record.assignment == before.assignment
-            if same and record.assignment is not None:
+            if same and before.passing:
+                assert before.order.state is DeviceState.REJECTED
+            elif same and record.assignment is not None:
                 assert record.order.state in (before.order.state, DeviceState.ROLLED_BACK)
         # Every change of state is told, durable, and says why it ended.
         for change in made.changes:
@@ -187,6 +192,41 @@ def test_a_replay_changes_nothing_and_a_newer_order_supersedes() -> None:
     assert step(made.record, Done(1, Job.CHECK), NOW_US).record == made.record
     # Under a new key the count begins anew: whoever stole the old one may have counted far.
     assert step(made.record, ordered(1, 4, key="new"), NOW_US).record.assignment.version == 4
+
+
+def test_an_order_that_was_rejected_for_what_passes_is_followed_when_it_comes_again() -> None:
+    waiting = walked(ModelRecord(model="m", active=release(1)), ordered(5, 2))
+    rejected = walked(waiting, Ended(5, DeviceState.REJECTED, "unapproved", passing=True))
+    # What is to be asked for when orders are opened: this one again, and still nothing older.
+    assert waiting.heard == Seen(sequence=5, key="k")
+    assert rejected.heard == Seen(sequence=4, key="k")
+    assert step(rejected, ordered(4, 3), NOW_US).record == rejected
+    made = step(rejected, ordered(5, 2), NOW_US)
+    assert (made.record.order.state, made.durable) == (DeviceState.ASSIGNED, True)
+    assert made.record.heard == Seen(sequence=5, key="k")
+    # One that expired before it could be begun may be signed again with more time.
+    late = step(waiting, Tick(0.0, True), NOW_US + 2 * HOUR_US).record
+    assert (late.order.state, late.passing) == (DeviceState.REJECTED, True)
+    for final in (
+        Ended(5, DeviceState.REJECTED, "bad_hash"),
+        Ended(5, DeviceState.FAILED, "probe"),
+    ):
+        ended = walked(waiting, final)
+        assert step(ended, ordered(5, 2), NOW_US).record == ended
+    assert decode_record(encode_record(rejected)).passing
+
+
+def test_an_unproven_order_hides_what_a_proven_one_reported_only_until_that_is_heard_again() -> None:
+    proven = walked(ModelRecord(model="m", active=release(1)), ordered(5, 1))
+    assert proven.shown.state is DeviceState.COMMITTED
+    forged = walked(proven, NotOpened(assignment(1_000, 2), "bad_signature", final=True))
+    assert (forged.shown.sequence, forged.shown.state) == (1_000, DeviceState.REJECTED)
+    assert (forged.order, forged.assignment, forged.active) == (proven.order, proven.assignment, proven.active)
+    assert walked(forged, Repeated(4)) == forged
+    assert walked(forged, Repeated(5)) == proven
+    assert walked(forged, ordered(6, 2)).shown.sequence == 6
+    # What befalls the proven one is shown, too.
+    assert walked(forged, ActiveBroken("gone")).shown.state is DeviceState.ROLLED_BACK
 
 
 def test_an_order_for_what_is_so_already_needs_no_work() -> None:

@@ -342,6 +342,17 @@ def test_another_models_download_leaves_the_probe_of_a_candidate_alone(tmp_path:
     assert not kept.holds(windows)
 
 
+def test_what_killed_children_left_beside_the_metadata_is_swept_at_the_start(tmp_path: Path) -> None:
+    metadata = tmp_path / "metadata"
+    (metadata / "target-abc").mkdir(parents=True)
+    (metadata / "target-abc" / "manifest.json").write_text("{")
+    (metadata / "root_history").mkdir()
+    for name in (".timestamp.json.1a2b.part", "root_history/.2.root.json.3c.part", "timestamp.json"):
+        (metadata / name).write_text("{}")
+    opened(tmp_path)
+    assert sorted(path.name for path in metadata.rglob("*")) == ["root_history", "timestamp.json"]
+
+
 def test_two_agents_cannot_share_a_folder(tmp_path: Path) -> None:
     kept, _ = opened(tmp_path)
     with pytest.raises(ConfigurationError, match="another agent"):
