@@ -254,12 +254,15 @@ def test_orders_that_are_forged_replayed_late_or_for_another_device_change_nothi
     old = house.order("bad-orders", first)
     device.publish({"gestures": house.sealed(old)})
     device.wait(DeviceState.COMMITTED, old.sequence)
-    device.commit(second)
-    # Forged: shown as refused, with its reason, and forgotten when a good order comes.
+    proven = device.commit(second)
+    good = device.envelopes["gestures"]
+    # Forged: shown as refused, with its reason, and forgotten when the good order comes again.
     forged = device.order(first, key=generate_key(), sequence=1_000)
     told = device.wait(DeviceState.REJECTED, forged.sequence)
     assert "bad_signature" in told.order.reason
     assert told.active == 2
+    device.publish({"gestures": good})
+    assert device.wait(DeviceState.COMMITTED, proven.order.sequence).order == proven.order
     # Too late.
     late = device.order(first, not_after_us=time.time_ns() // 1000 - 1_000_000)
     wait_until(lambda: refusals(device, "order_expired"), STATE_S, "the late order's refusal")
@@ -273,6 +276,13 @@ def test_orders_that_are_forged_replayed_late_or_for_another_device_change_nothi
     device.answers(2)
     told = device.commit(first)
     assert told.active == 1
+    # Rejected for what passes: the very same order is followed once it is right.
+    data = model(threshold=3.0)
+    early = device.order(manifest_of(data, version=3))
+    assert "unapproved" in device.wait(DeviceState.REJECTED, early.sequence).order.reason
+    house.release(data, version=3)
+    device.publish({})
+    assert device.wait(DeviceState.COMMITTED, early.sequence).active == 3
 
 
 def refusals(device: Device, reason: str) -> list[dict[str, Any]]:
