@@ -34,7 +34,7 @@ from contract.models import Manifest
 from gateway.http import INFERENCE_PREFIX
 from gateway.metrics import GatewayMetrics
 from gateway.models import ModelCache
-from gateway.offload import in_thread
+from gateway.offload import NotStartedError, in_thread
 from gateway.settings import InferenceSettings
 from lake.scoring import ModelTimeoutError, Scores
 
@@ -186,7 +186,11 @@ class Inference:
                     pass  # the loop is closed: the process ends
 
         self._threads += 1
-        return await in_thread(run, "inference")
+        try:
+            return await in_thread(run, "inference")
+        except NotStartedError:
+            leave()
+            raise
 
     async def _body(self, request: web.Request) -> bytearray:
         """All of it, but never more than may be."""

@@ -7,6 +7,7 @@ gateways may run this.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import Counter
@@ -24,7 +25,18 @@ from gateway.watch import LakeHealth, WatchedThread
 from lake.catalog import Catalog
 from lake.errors import UnknownStreamError
 from lake.monitoring.accuracy import Accuracy, measure, read_labels, read_predictions
-from lake.monitoring.alerts import CLOSED, Alert, AlertTable, Finding, Hysteresis, Key, judge_accuracy, over
+from lake.monitoring.alerts import (
+    CLOSED,
+    SILENT_H,
+    Alert,
+    AlertKind,
+    AlertTable,
+    Finding,
+    Hysteresis,
+    Key,
+    judge_accuracy,
+    over,
+)
 from lake.monitoring.due import current, due, rows_at, trained_version
 from lake.monitoring.observe import Bounds, Figures
 from lake.monitoring.triggers import TriggerTable
@@ -85,7 +97,12 @@ class Monitoring:
         self._latest: dict[str, dict[str, Figures]] = {}
         self._trained_rows: dict[tuple[str, int], int | None] = {}
         self._judged_s: float | None = None
-        self._told = ""
+        self._heard_us: dict[Key, int] = {}
+        """When windows came of what has an alert open; the start of this process, where none came since."""
+        self._started_us = clock_us()
+        self._catalog: tuple[int, Catalog] | None = None
+        self._told: dict[str, str] = {}
+        self._failures = 0
         self._stopping = threading.Event()
         self.thread = WatchedThread("monitoring", self._run)
         metrics.watch(
@@ -104,6 +121,14 @@ class Monitoring:
             "Commits of predictions that were too many to read",
             lambda: sum(watch.skipped_commits for watch in list(self._watches.values())),
         )
+        metrics.watch(
+            "monitoring_skipped_files",
+            "Files of predictions, or entries of their log, that could not be read",
+            lambda: sum(watch.skipped_files for watch in list(self._watches.values())),
+        )
+        metrics.watch(
+            "monitoring_failures", "Models that could not be watched, each at each look", lambda: self._failures
+        )
 
     def start(self) -> None:
         """Begin, unless it is off."""
@@ -121,28 +146,47 @@ class Monitoring:
             book = self._references.refresh()
             self._open = self._alerts.open()
             self._follow(book)
-            for watch in self._watches.values():
-                self._measure(watch)
-            if self._is_time_to_judge():
-                for model in self._watches:
-                    self._judge(model)
-            for model in self._watches:
-                self._request(book, model)
+            ended_us = self._triggers.ended()
+            judging = self._is_time_to_judge()
+            for model, watch in self._watches.items():
+                self._guarded(model, functools.partial(self._watch_one, book, watch, judging, ended_us.get(model, 0)))
             self._expose_alerts()
         except TemporaryError as error:
             self._metrics.store_errors.inc()
             self._health.failed(error)
             return False
         except HeadwaterError as error:
-            self._tell(str(error))
+            self._tell("", str(error))
         except Exception as error:  # noqa: BLE001 - a bug must not end the gateway; it is counted and told
             self._metrics.faults.labels("monitoring").inc()
             _log.error("monitoring_fault", exc_info=error)
         else:
-            self._tell("")
+            self._tell("", "")
             self._health.answered()
         self._metrics.monitoring_looks.inc()
         return True
+
+    def _guarded(self, model: str, work: Callable[[], None]) -> None:
+        """What is wrong with one model must not keep the others from being watched."""
+        try:
+            work()
+        except TemporaryError:
+            raise  # the lake is away, for all of them
+        except HeadwaterError as error:
+            self._failures += 1
+            self._tell(model, str(error))
+        except Exception as error:  # noqa: BLE001 - counted and told, as a bug in the look is
+            self._failures += 1
+            self._metrics.faults.labels("monitoring").inc()
+            _log.error("monitoring_fault", model=model, exc_info=error)
+        else:
+            self._tell(model, "")
+
+    def _watch_one(self, book: ReleaseBook, watch: ModelWatch, judging: bool, ended_us: int) -> None:
+        self._measure(watch)
+        if judging:
+            self._judge(watch.model)
+        self._request(book, watch.model, ended_us)
 
     def _follow(self, book: ReleaseBook) -> None:
         """Watch the models that have releases, and no others."""
@@ -169,13 +213,14 @@ class Monitoring:
         changes: list[tuple[str, Finding]] = []
         newest = watch.observer.newest()
         latest = self._latest.setdefault(watch.model, {})
+        silent = self._silent(watch)
         for seen in watch.look(BUSY_SHARE_MAX * self._settings.interval_s / max(1, len(self._watches)), self._clock_s):
             self.thread.beat()
             # What an old release did on a device that runs a newer one is nobody's concern any more.
             if newest.get(seen.figures.device) == seen.figures.release:
                 latest[seen.figures.device] = seen.figures
                 changes += self._changes(seen.findings, seen.checks)
-        for device in latest.keys() - newest.keys():
+        for device in (latest.keys() - newest.keys()) | (latest.keys() & {alert.key.device for alert in silent}):
             del latest[device]
         self._expose(watch.model)
         changes += [
@@ -183,7 +228,32 @@ class Monitoring:
             for alert in self._open.values()
             if alert.key.model == watch.model and newest.get(alert.key.device, alert.key.release) != alert.key.release
         ]
+        changes += [(CLOSED, over(alert, f"no windows of the device for {SILENT_H:g} h")) for alert in silent]
         self._record(changes)
+
+    def _silent(self, watch: ModelWatch) -> list[Alert]:
+        """Open alerts about devices of this gateway that are not heard of any more.
+
+        Those of accuracy end when the windows are too old to be joined with labels (`_judge`).
+        """
+        now_us, fresh = self._clock_us(), set(watch.observer.fresh())
+        mine = [
+            alert
+            for alert in self._open.values()
+            if alert.key.model == watch.model
+            and alert.key.kind != AlertKind.ACCURACY
+            and self._is_mine(alert.key.device)
+        ]
+        for alert in mine:
+            if (alert.key.release, alert.key.device) in fresh:
+                self._heard_us[alert.key] = now_us
+        for key in [key for key in self._heard_us if key not in self._open]:
+            del self._heard_us[key]
+        return [
+            alert
+            for alert in mine
+            if now_us - max(alert.at_us, self._heard_us.get(alert.key, self._started_us)) >= SILENT_H * 3600e6
+        ]
 
     def _changes(self, findings: Sequence[Finding], checks: int) -> list[tuple[str, Finding]]:
         steps = ((self._hysteresis.step(finding, finding.key in self._open, checks), finding) for finding in findings)
@@ -226,12 +296,20 @@ class Monitoring:
         except UnknownStreamError:
             return  # no labels, or no predictions, yet
         changes: list[tuple[str, Finding]] = []
+        joined: set[tuple[int, str]] = set()
         for found in measure(rows, labels):
             self._expose_accuracy(model, found)
             promised = self._promised(model, found.release)
             if promised is not None and found.device:
                 finding = judge_accuracy(model, found, promised, self._settings.windows_min)
                 changes += self._changes([finding], 1) if finding is not None else []
+            joined.add((found.release, found.device))
+        changes += [
+            (CLOSED, over(alert, f"no windows of the device in the last {self._settings.accuracy_hours:g} h"))
+            for alert in self._open.values()
+            if (alert.key.model, alert.key.kind) == (model, AlertKind.ACCURACY)
+            and (alert.key.release, alert.key.device) not in joined
+        ]
         self._record(changes)
 
     def _promised(self, model: str, version: int) -> float | None:
@@ -239,7 +317,7 @@ class Monitoring:
         metrics = () if watched is None else watched.manifest.metrics
         return next((metric.value for metric in metrics if metric.name == "accuracy"), None)
 
-    def _request(self, book: ReleaseBook, model: str) -> None:
+    def _request(self, book: ReleaseBook, model: str, ended_us: int) -> None:
         """Ask for a training where the policy of the current release says so."""
         release = current(book, model)
         watched = None if release is None else self._references.get(model, release.version)
@@ -253,6 +331,7 @@ class Monitoring:
             new_rows=self._new_rows(watched) if retrain.new_rows is not None else None,
             created_us=watched.manifest.created_at_us,
             now_us=self._clock_us(),
+            ended_us=ended_us,
         )
         if reason is None:
             return
@@ -264,7 +343,10 @@ class Monitoring:
     def _new_rows(self, watched: Watched) -> int | None:
         manifest = watched.manifest
         key = manifest.model, manifest.version
-        catalog = Catalog(self._access.store)
+        generation = self._access.generation
+        if self._catalog is None or self._catalog[0] != generation:
+            self._catalog = generation, Catalog(self._access.store)
+        catalog = self._catalog[1]
         if key not in self._trained_rows:
             version = trained_version(manifest)
             self._trained_rows[key] = None if version is None else rows_at(catalog, manifest.stream, version)
@@ -305,11 +387,11 @@ class Monitoring:
         for labels, count in Counter((key.model, key.kind) for key in self._open).items():
             self._metrics.alerts_open.labels(*labels).set(count)
 
-    def _tell(self, trouble: str) -> None:
-        """Log what is new only: the same trouble comes back at every look."""
-        if trouble and trouble != self._told:
-            _log.warning("models_not_watched", error=trouble)
-        self._told = trouble
+    def _tell(self, model: str, trouble: str) -> None:
+        """Log what is new only: the same trouble comes back at every look. Without a model: of all of them."""
+        if trouble and trouble != self._told.get(model, ""):
+            _log.warning("models_not_watched", model=model or None, error=trouble)
+        self._told[model] = trouble
 
     def _run(self) -> None:
         failures = 0

@@ -7,7 +7,13 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar, cast
 
+from contract.errors import TemporaryError
+
 Result = TypeVar("Result")
+
+
+class NotStartedError(TemporaryError):
+    """There was no thread for it. Give back what was taken for the work, and try again."""
 
 
 async def in_thread(work: Callable[[], Result], name: str) -> Result:
@@ -18,6 +24,9 @@ async def in_thread(work: Callable[[], Result], name: str) -> Result:
     Args:
         work: what to run; what it raises, this raises.
         name: of the thread.
+
+    Raises:
+        NotStartedError: the system gives no thread now; `work` does not run.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Result] = loop.create_future()
@@ -42,5 +51,8 @@ async def in_thread(work: Callable[[], Result], name: str) -> Result:
         except RuntimeError:
             pass  # the loop is closed: the process ends, and nobody waits any more
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    try:
+        threading.Thread(target=run, name=name, daemon=True).start()
+    except RuntimeError as error:
+        raise NotStartedError(f"no thread could be started ({error}); try again when less is going on") from error
     return await done

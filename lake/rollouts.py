@@ -147,7 +147,6 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     """Who created it."""
     why: str
     created_us: int
-    created_sequence: int
     changed_us: int
     """When the state was entered, by whom and why: the next two."""
     changed_by: str
@@ -256,12 +255,22 @@ def _apply(before: Rollout | None, event: RolloutEvent) -> Rollout | None:
         case EventKind.APPROVED:
             changes["approved"] = before.awaiting
         case EventKind.RESUMED:
-            paused_us = max(0, event.at_us - before.changed_us)
+            paused_us = _paused_us(before, event.at_us)
             changes["stage_us"] = before.stage_us + paused_us
             changes["baking_us"] = None if before.baking_us is None else before.baking_us + paused_us
         case EventKind.ROLLED_BACK:
             changes["rollback"] = event.sequence
     return msgspec.structs.replace(before, **changes)
+
+
+def _paused_us(before: Rollout, until_us: int) -> int:
+    """How long a pause was, though people's clocks may be wrong: it began after what the rollout did last.
+
+    Where both ends are earlier than that, one slow clock wrote both, and their difference is right.
+    """
+    known_us = max(before.stage_us, before.baking_us or 0)
+    began_us = max(before.changed_us, known_us) if until_us >= known_us else before.changed_us
+    return max(0, until_us - began_us)
 
 
 def _created(event: RolloutEvent) -> Rollout | None:
@@ -276,7 +285,6 @@ def _created(event: RolloutEvent) -> Rollout | None:
         who=event.who,
         why=event.why,
         created_us=event.at_us,
-        created_sequence=event.sequence,
         changed_us=event.at_us,
         changed_by=event.who,
         reason=event.why,

@@ -206,7 +206,7 @@ def _require_approved(rollout: Rollout, version: int | None, releases: ReleaseBo
         raise RolloutRefused(
             "not_approved",
             f"rollout {rollout.name!r} names release {rollout.spec.model}@{version}, which is {state}, and devices "
-            "refuse what is not approved; start a rollout of a release that is approved, with --supersede where this one runs",
+            "refuse what is not approved; start a rollout of one that is, with --supersede where this one is under way",
         )
 
 

@@ -37,6 +37,8 @@ SCHEMA = pa.schema(
 OPENED, CLOSED = "opened", "closed"
 CLOSE_BELOW = 0.8
 """An open alert counts as over only below this part of its threshold."""
+SILENT_H = 24.0
+"""An alert closes after so many hours without a window from its device: nobody can say that it is still so."""
 NAN_SHARE_MAX = 0.5
 ACCURACY_DROP_MAX = 0.1
 """So much less than in its evaluation a release may be right."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from contract.models import Manifest
 from lake.catalog import Catalog
+from lake.errors import ObjectMissingError, QueryError
 from lake.monitoring.alerts import DRIFT, Alert
 from lake.monitoring.policy import Retrain
 from lake.monitoring.triggers import TriggerKind
@@ -36,7 +37,7 @@ def current(book: ReleaseBook, model: str) -> Release | None:
 
 
 def due(
-    retrain: Retrain, alerts: Sequence[Alert], *, new_rows: int | None, created_us: int, now_us: int
+    retrain: Retrain, alerts: Sequence[Alert], *, new_rows: int | None, created_us: int, now_us: int, ended_us: int = 0
 ) -> Reason | None:
     """Whether a policy asks for a training now.
 
@@ -46,8 +47,10 @@ def due(
         new_rows: rows of its stream since its training; None where nobody counted.
         created_us: when it was made.
         now_us: wall clock.
+        ended_us: when the last training of the model ended; what was open then has had its training, and another on the
+            same data would find the same.
     """
-    drifted = [alert for alert in alerts if alert.key.kind in DRIFT]
+    drifted = [alert for alert in alerts if alert.key.kind in DRIFT and alert.at_us > ended_us]
     if retrain.drift and drifted:
         named = "; ".join(f"{alert.key.device or 'all devices'}: {alert.text}" for alert in drifted[:NAMED_MAX])
         more = f" and {len(drifted) - NAMED_MAX} more" if len(drifted) > NAMED_MAX else ""
@@ -61,16 +64,20 @@ def due(
 
 
 def rows_at(catalog: Catalog, stream: str, version: int | None = None) -> int | None:
-    """Rows of a stream at a Delta version, None for the latest; None where there is no such table.
+    """Rows of a stream at a Delta version, None for the latest.
+
+    None where there is no such table, or where the log does not have the version any more.
 
     Raises:
-        QueryError: the table has no such version any more.
         StoreUnavailableError: the store did not answer.
     """
-    state = catalog.state(table_path(stream), version)
-    if state is None:
+    try:
+        state = catalog.state(table_path(stream), version)
+        if state is None:
+            return None
+        return sum(count or 0 for count in catalog.files(state).column("num_records").to_pylist())
+    except (QueryError, ObjectMissingError):
         return None
-    return sum(count or 0 for count in catalog.files(state).column("num_records").to_pylist())
 
 
 def trained_version(manifest: Manifest) -> int | None:

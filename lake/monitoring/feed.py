@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from contract.errors import TemporaryError
 from contract.names import PREDICTIONS_PREFIX
 from lake.catalog import Catalog
 from lake.errors import CorruptLakeError, ObjectMissingError
@@ -77,6 +78,8 @@ class PredictionFeed:
         self._version = -1
         self.skipped_commits = 0
         """Not read, because more had come than one look may read."""
+        self.skipped_files = 0
+        """Files, or entries of the log, that are not what a gateway writes; what is behind them is read."""
 
     def take(self, rows_max: int) -> Predictions:
         """The rows that came since the last call; at the first, the latest that are there.
@@ -87,18 +90,21 @@ class PredictionFeed:
 
         Raises:
             StoreUnavailableError: the store did not answer; the next call reads the same rows again.
-            CorruptLakeError: a file is not what a gateway writes.
         """
         latest = self._latest()
         first = max(self._version + 1, latest - BACKLOG_COMMITS_MAX + 1)
         files: list[str] = []
-        rows, version = 0, latest
+        rows, version, skipped = 0, latest, self.skipped_files
         while version >= first and rows < rows_max:
-            for file in reversed(self._files(version)):
-                files.append(file.path)
-                rows += _decode_stats(file.stats).num_records if file.stats else 1
+            for path, count in reversed(self._files(version)):
+                files.append(path)
+                rows += count
             version -= 1
-        tables = [self._read(path) for path in reversed(files)]
+        try:
+            tables = [self._read(path) for path in reversed(files)]
+        except TemporaryError:
+            self.skipped_files = skipped  # the same rows are read again
+            raise
         if self._version >= 0:
             self.skipped_commits += max(0, version - self._version)
         self._version = latest
@@ -120,13 +126,19 @@ class PredictionFeed:
     def _entry(self, version: int) -> str:
         return f"{self._path}/_delta_log/{version:020d}.json"
 
-    def _files(self, version: int) -> list[_File]:
+    def _files(self, version: int) -> list[tuple[str, int]]:
+        """Path and number of rows of what a commit added."""
         try:
             lines = self._store.get(self._entry(version)).splitlines()
         except ObjectMissingError:
             return []  # cleaned up behind a checkpoint: too old to matter
-        found = [_decode(line).add for line in lines if b'"add"' in line[:64]]
-        return [file for file in found if file is not None and file.data_change]
+        try:
+            found = [_decode(line).add for line in lines if b'"add"' in line[:64]]
+            new = [file for file in found if file is not None and file.data_change]
+            return [(file.path, _decode_stats(file.stats).num_records if file.stats else 1) for file in new]
+        except msgspec.MsgspecError:
+            self.skipped_files += 1
+            return []
 
     def _read(self, path: str) -> pa.Table:
         try:
@@ -136,8 +148,9 @@ class PredictionFeed:
                 return with_all_columns(file.read(columns=here))
         except ObjectMissingError:
             return empty()  # compacted and vacuumed meanwhile
-        except pa.ArrowException as error:
-            raise CorruptLakeError(f"{self._path}/{path} in {self._store.url} cannot be read ({error})") from error
+        except (CorruptLakeError, pa.ArrowException, OSError):  # Arrow calls a torn file an OSError
+            self.skipped_files += 1
+            return empty()
 
 
 _SCHEMA = pa.schema(

@@ -112,6 +112,7 @@ class Observer:
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
         self._recent: OrderedDict[tuple[int, str], _Recent] = OrderedDict()
+        """In the order in which they were heard of last."""
         self.forgotten = 0
 
     def __len__(self) -> int:
@@ -124,12 +125,9 @@ class Observer:
         return {release for release, _ in self._recent}
 
     def newest(self) -> dict[str, int]:
-        """By device: the release of its latest window."""
-        found: dict[str, tuple[int, int]] = {}
-        for (release, device), recent in self._recent.items():
-            if recent.rows:
-                found[device] = max(found.get(device, (-1, 0)), (recent.rows[-1].end_us, release))
-        return {device: release for device, (_, release) in found.items()}
+        """By device: the release whose windows came last. Clocks of devices have no say: one that was years ahead for a
+        moment would hide every later release."""
+        return {device: release for release, device in self._recent}
 
     def add(self, rows: Predictions, mine: Callable[[str], bool] = lambda device: True) -> None:
         """See new rows.

@@ -82,7 +82,6 @@ class Trigger(msgspec.Struct, frozen=True, kw_only=True):
     """RENEWED shows as STARTED, RETURNED as REQUESTED."""
     who: str
     """Of the latest row."""
-    requested_us: int
     at_us: int
     until_us: int = 0
     """End of the claim."""
@@ -111,7 +110,6 @@ def fold(rows: Iterable[Row]) -> dict[str, Trigger]:
                 why=row["why"] or "",
                 event=event,
                 who=row["who"] or "",
-                requested_us=row["at"],
                 at_us=row["at"],
                 detail=_detail(row),
             )
@@ -171,6 +169,18 @@ class TriggerTable:
             StoreUnavailableError: the store did not answer.
         """
         return fold(self._ledger.look())
+
+    def ended(self) -> dict[str, int]:
+        """When the last training of each model ended, wall clock of its trainer, microseconds.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        found: dict[str, int] = {}
+        for trigger in self.look().values():
+            if not trigger.is_open:
+                found[trigger.model] = max(found.get(trigger.model, 0), trigger.at_us)
+        return found
 
     def request(self, model: str, release: int, kind: TriggerKind, why: str, pause_s: float) -> str | None:
         """Ask for a training, unless one is asked for or under way, or ended less than `pause_s` ago.

@@ -120,6 +120,11 @@ class ModelWatch:
         """Commits that were too many to read."""
         return self._feed.skipped_commits
 
+    @property
+    def skipped_files(self) -> int:
+        """Files, or entries of the log, that could not be read."""
+        return self._feed.skipped_files
+
     def read(self, rows_max: int) -> int:
         """Take new rows in.
 

@@ -32,7 +32,7 @@ from contract.models import METADATA_BYTES_MAX, SIGNED_AT
 
 Kind = TypeVar("Kind", Root, Targets, Snapshot, Timestamp)
 Days = Annotated[float, msgspec.Meta(gt=0, le=36_500)]
-TARGETS_FILE, SNAPSHOT_FILE = "targets.json", "snapshot.json"
+TARGETS_FILE = "targets.json"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 
+import msgspec
 import numpy as np
 import pytest
+from deltalake import DeltaTable
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from contract.limits import SHARDS
 from contract.names import shard_of
@@ -15,11 +18,15 @@ from gateway.metrics import GatewayMetrics
 from gateway.monitoring import Monitoring
 from gateway.settings import MonitoringSettings
 from gateway.watch import LakeHealth
-from lake.errors import StoreUnavailableError
+from lake.catalog import Catalog
+from lake.errors import CorruptLakeError, StoreUnavailableError
 from lake.monitoring.alerts import PATH as ALERTS
 from lake.monitoring.alerts import SCHEMA as ALERTS_SCHEMA
+from lake.monitoring.due import rows_at
 from lake.monitoring.triggers import PATH, SCHEMA, TriggerEvent, TriggerTable
+from lake.monitoring.watch import ModelWatch
 from lake.query import Lake
+from lake.releases import Releases
 from lake.store import Store
 from lake.tables import ControlTable
 from tests.monitoring_parts import MODEL, NOW_US, Device, World, labelled, reference, release, store_in
@@ -212,11 +219,128 @@ def test_after_a_training_the_policy_keeps_a_pause(store, world, clock):
     claimed = trainer.claim(MODEL, 60)
     trainer.finish(claimed.name, TriggerEvent.DONE, "not better", {})
     clock.now_us += 59_000_000
-    watching.look()
+    # What is open already had its training. What opens now has not.
+    for _ in range(3):
+        devices["watch-1"].predict(*world.windows(60, shift=4.0))
+        watching.look()
+    assert {device for device, _, _ in alerts(store)} == {"watch-1", "watch-2"}
     assert len(trainer.look()) == 1
     clock.now_us += 2_000_000
     watching.look()
     assert len(trainer.look()) == 2
+
+
+def test_an_alert_that_stays_open_is_no_reason_for_a_second_training(store, world, clock):
+    """Mutant tried: only the pause is looked at."""
+    release(store, reference(world))
+    devices = fleet(store, world)
+    watching = gateway(store, clock)
+    watching.look()
+    trainer = triggers(store, clock)
+    for _ in range(3):
+        devices["watch-2"].predict(*world.windows(60, shift=4.0))
+        watching.look()
+    trainer.finish(trainer.claim(MODEL, 60).name, TriggerEvent.DONE, "not better", {})
+    for _ in range(3):
+        clock.now_us += 3_600_000_000
+        devices["watch-2"].predict(*world.windows(60, shift=4.0))
+        watching.look()
+    assert [event for _, _, event in alerts(store)] == ["opened", "opened"]
+    assert len(trainer.look()) == 1
+
+
+def test_alerts_of_a_device_that_is_gone_close_and_those_of_others_stay(store, world, clock):
+    """Mutants tried: never; all alerts; counted from the opening though windows came since."""
+    release(store, reference(world))
+    devices = fleet(store, world)
+    watching = gateway(store, clock)
+    watching.look()
+    for _ in range(3):
+        for name in ("watch-1", "watch-2"):
+            devices[name].predict(*world.windows(60, shift=4.0))
+        watching.look()
+    hour_us = 3_600_000_000
+    clock.now_us += 12 * hour_us
+    devices["watch-1"].predict(*world.windows(60, shift=4.0))
+    watching.look()
+    clock.now_us += 12 * hour_us - 1
+    watching.look()
+    assert {event for _, _, event in alerts(store)} == {"opened"}
+    clock.now_us += 1
+    watching.look()
+    closed = [(device, kind) for device, kind, event in alerts(store) if event == "closed"]
+    assert sorted(closed) == [("watch-2", "change"), ("watch-2", "features")]
+    assert figure(watching, "model_devices", model=MODEL, release="1") == 2
+    watching.look()
+    assert len(alerts(store)) == 6
+    # A gateway that starts now has not heard of anybody, and waits as long.
+    fresh = gateway(store, clock, "gateway-b")
+    clock.now_us += 23 * hour_us
+    fresh.look()
+    assert len(alerts(store)) == 6
+
+
+def test_what_is_wrong_with_one_model_keeps_no_other_from_being_watched(store, world, clock, monkeypatch):
+    """Mutants tried: no guard; one that swallows a lake that is away, or logs at each look."""
+    release(store, reference(world))
+    releases = Releases(store)
+    other = msgspec.structs.replace(releases.look().get(MODEL).manifest, model="a-first")
+    releases.publish(other, who="test", why="test")
+    fleet(store, world)
+    read = ModelWatch.read
+    failure = CorruptLakeError("it contradicts itself")
+
+    def broken(self, rows_max):
+        if self.model == "a-first":
+            raise failure
+        return read(self, rows_max)
+
+    monkeypatch.setattr(ModelWatch, "read", broken)
+    watching = gateway(store, clock)
+    with capture_logs() as logs:
+        assert watching.look()
+        assert watching.look()
+    assert figure(watching, "model_devices", model=MODEL, release="1") == 3
+    assert figure(watching, "monitoring_failures") == 2
+    told = [(log["model"], log["error"]) for log in logs if log["event"] == "models_not_watched"]
+    assert told == [("a-first", "it contradicts itself")]
+    failure = ZeroDivisionError("a bug")
+    assert watching.look()
+    assert figure(watching, "faults_total", where="monitoring") == 1
+    failure = StoreUnavailableError("it burns")
+    assert not watching.look()
+
+
+def test_a_damaged_file_is_counted_and_what_is_behind_it_is_read(store, world, clock, tmp_path):
+    """Mutant tried: the feed stops at it for ever."""
+    release(store, reference(world))
+    devices = fleet(store, world)
+    watching = gateway(store, clock)
+    assert watching.look()
+    folder = tmp_path / "lake" / "raw" / f"predictions.{MODEL}"
+    known = set(folder.rglob("*.parquet"))
+    devices["watch-1"].predict(*world.windows(10))
+    [damaged] = set(folder.rglob("*.parquet")) - known
+    damaged.write_bytes(b"PAR1 torn")
+    devices["watch-2"].predict(*world.windows(10))
+    assert watching.look()
+    assert figure(watching, "monitoring_skipped_files") == 1
+    assert figure(watching, "monitoring_rows_total") == 610
+    assert watching.look()
+    assert figure(watching, "monitoring_skipped_files") == 1
+
+
+def test_rows_of_a_version_that_the_log_has_no_more_are_not_known(store, tmp_path):
+    labelled(store, "watch-1", [(NOW_US, "walk")])
+    catalog = Catalog(store)
+    version = catalog.state("raw/exercise").version
+    assert rows_at(catalog, "exercise", version) == 1
+    DeltaTable(catalog.state("raw/exercise").uri).create_checkpoint()
+    for entry in (tmp_path / "lake" / "raw" / "exercise" / "_delta_log").glob("*0.json"):
+        entry.unlink()
+    assert rows_at(Catalog(store), "exercise", 0) is None
+    assert rows_at(Catalog(store), "exercise", 99) is None
+    assert rows_at(Catalog(store), "unheard-of") is None
 
 
 def test_a_draft_that_waits_for_a_person_keeps_further_trainings_away(store, world, clock):

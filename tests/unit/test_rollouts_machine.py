@@ -270,6 +270,19 @@ def test_a_pause_does_not_bring_the_deadline_nearer():
     assert table.decide([idle("pi-1")]) == [EventKind.ABORTED, EventKind.ROLLED_BACK]
 
 
+@pytest.mark.parametrize(
+    ("paused_s", "resumed_s", "counted_s"),
+    [(30, 50, 20), (-86_400, 50, 50), (-86_400, -86_380, 20), (50, 30, 0)],
+    ids=["right clocks", "a slow clock pauses", "one slow clock does both", "a slow clock resumes"],
+)
+def test_a_pause_lasts_no_longer_than_the_stage_though_somebodys_clock_is_a_day_slow(paused_s, resumed_s, counted_s):
+    table = one_stage()
+    began_us = table.now_us
+    table.commit(act(Action.PAUSE, "r", Person("ada", "a test", began_us + paused_s * S))(table.book))
+    table.commit(act(Action.RESUME, "r", Person("bob", "a test", began_us + resumed_s * S))(table.book))
+    assert table.rollout().stage_us == began_us + counted_s * S
+
+
 def test_approval_is_asked_for_the_rollout_and_for_single_stages():
     table = Table()
     stages = (Stage(percent=50, bake_s=0), Stage(percent=100, bake_s=0, approval=True))
