@@ -329,12 +329,13 @@ def test_a_manifest_that_was_cut_off_is_asked_for_again(world: World, device: De
     assert device.follow(world.order())[1] == manifest()
 
 
-def test_a_key_that_was_taken_back_is_useless_at_once(world: World, device: Device) -> None:
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_key_that_was_taken_back_is_useless_at_once(world: World, device: Device, version: int) -> None:
     device.follow(world.order(sequence=4))
     stolen, world.online = world.online, generate_key()
     rotation.rotate_online(world.repository(), [world.root], None, world.online)
     # The device has not heard of it: the old key's order opens, and the refresh shows that it must not.
-    assert refused(device, world.order(sequence=5, key=stolen))[0] is TrustReason.BAD_SIGNATURE
+    assert refused(device, world.order(sequence=5, key=stolen, version=version))[0] is TrustReason.BAD_SIGNATURE
     assert device.follow(world.order(sequence=6))[1] == manifest()
 
 

@@ -1,6 +1,8 @@
 """The life of a release on a device, whatever comes and in whatever order.
 
-Mutant tried: disagreement as a share of all windows instead of the compared ones.
+Mutants tried: disagreement as a share of all windows instead of the compared ones; a release kept as previous through
+an order for version 0; older orders opened again with one that was rejected; news of a proven order hidden behind a
+forged one.
 """
 
 from __future__ import annotations
