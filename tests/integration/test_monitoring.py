@@ -288,7 +288,7 @@ def test_what_is_wrong_with_one_model_keeps_no_other_from_being_watched(store, w
     releases.publish(other, who="test", why="test")
     fleet(store, world)
     read = ModelWatch.read
-    failure = CorruptLakeError("it contradicts itself")
+    failure: Exception = CorruptLakeError("it contradicts itself")
 
     def broken(self, rows_max):
         if self.model == "a-first":
