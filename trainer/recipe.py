@@ -93,7 +93,8 @@ class Data(Part, frozen=True, kw_only=True):
     memory_bytes_max: Annotated[int, msgspec.Meta(ge=64 << 20)] = 1 << 30
     """What DuckDB may use; beyond it, it sorts on disk, in the work folder."""
     device_rows_max: Count = 50_000_000
-    """Rows of one device, which are held in memory at once."""
+    """Rows of one device, which are held in memory at once: of each some 50 bytes, and of each value 4 beside those of
+    its own type."""
     dataset_bytes_max: Count = DATASET_BYTES_MAX
     """Size of all windows, `windows x rows x fields x 4`."""
 
@@ -209,7 +210,7 @@ class Policy(Part, frozen=True, kw_only=True):
     """What may happen without a person."""
 
     approve: bool = False
-    """Sign the release, where the keys are at hand and the target is met."""
+    """Sign the release, where the keys are at hand and held-out windows meet `[search] target`, which it needs."""
     rollout: bool = False
     """Start the rollout of an approved release."""
     retrain: Retrain = Retrain()
@@ -313,6 +314,11 @@ def _check(recipe: Recipe) -> None:
     _check_families(recipe)
     _check_ranges(recipe)
     _check_rollout(recipe)
+    if recipe.policy.approve and recipe.search.target is None:
+        raise RecipeError(
+            "[policy] approve = true needs [search] target, which held-out windows must meet: without one anything "
+            "would be signed; give a target, or let a person approve"
+        )
 
 
 def _check_data(recipe: Recipe) -> None:

@@ -74,9 +74,9 @@ class EvaluateResult(msgspec.Struct, frozen=True, kw_only=True):
     metrics: tuple[Figure, ...]
 
     def shortfall(self, metric: str, target: float | None) -> str:
-        """Why a target is not met by the held-out windows; empty where it is, or where there is none."""
+        """Why a target is not met by the held-out windows; empty where it is."""
         if target is None:
-            return ""
+            return "[search] target is not set"
         value = next((figure.value for figure in self.metrics if figure.name == metric), None)
         if value is None:
             return f"the evaluation has no figure for the target's metric {metric}"

@@ -29,7 +29,7 @@ from trainer.recipe import load_recipe
 from trainer.retrain import Comparison, Retrainer
 from trainer.steps import StepContext
 
-RECIPE = trainer_lake.RECIPE.replace("trials = 3", "trials = 1")
+RECIPE = trainer_lake.RECIPE.replace("trials = 3", "trials = 1\ntarget = 0.6")
 QUICK = """
 [families.logistic_regression]
 [report]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from contract.errors import ConfigurationError
+from headwater.learning.recipe import demo_recipe
 from trainer.recipe import Range, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +107,7 @@ def test_the_examples_are_recipes(name: str) -> None:
         ("rollout.stages", [{"devices": ["Ü"]}], ("[rollout] stage 1", "Ü")),
         ("rollout.max_wait_s", 1e9, ("[rollout] stage 1", "max_wait_s")),
         ("rollout.stages", [{"percent": 5, "tag": "lab"}], ("stage 1", "percent", "tag")),
+        ("policy.approve", True, ("[policy] approve = true", "[search] target", "person")),
         ("search.trials", 0, ("trials = 0",)),
         ("search.metric", None, ("metric", "missing")),
     ],
@@ -116,6 +118,20 @@ def test_what_cannot_be_is_refused_with_key_value_and_remedy(path: str, value: A
     message = str(refused.value)
     assert message.startswith("recipe.toml: "), message
     assert [word for word in words if word not in message] == [], message
+
+
+def test_a_release_may_be_approved_without_a_person_where_a_target_says_what_is_good() -> None:
+    table = changed("policy.approve", True)
+    table["search"] = table["search"] | {"target": 0.9}
+    assert parse_recipe(table, "r").policy.approve
+
+
+@pytest.mark.parametrize("people", [1, 4])
+def test_the_recipe_of_the_demo_is_one(people: int) -> None:
+    devices = [f"watch-s{number:02d}-{side}" for number in range(1, people + 1) for side in "lr"]
+    found = parse_recipe(demo_recipe(devices), "demo")
+    assert found.policy.approve
+    assert found.split.by == ("group" if people >= 3 else "time")
 
 
 def test_a_random_split_is_allowed_by_force_or_without_overlap() -> None:

@@ -130,6 +130,7 @@ def test_a_policy_approves_where_the_target_is_met_and_keys_are_at_hand(context:
     cases = (
         (with_policy(keyed, 0.8), "[policy] approve is not set"),
         (with_policy(keyed, 0.95, approve=True), "f1_macro is 0.9000 on held-out windows, below the target 0.95"),
+        (with_policy(keyed, None, approve=True), "[search] target is not set"),
         (with_policy(context, 0.8, approve=True), "no --keys were given"),
     )
     for case, why in cases:
@@ -142,7 +143,7 @@ def test_a_policy_approves_where_the_target_is_met_and_keys_are_at_hand(context:
 
 def test_wrong_keys_leave_a_draft_and_say_so(context: StepContext, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="as a draft, but not approved"):
-        step(with_policy(replace(context, keys=tmp_path / "nothing"), None, approve=True))
+        step(with_policy(replace(context, keys=tmp_path / "nothing"), 0.8, approve=True))
     assert Releases(context.store).look().get(context.recipe.name, 1).state is ReleaseState.DRAFT
 
 
