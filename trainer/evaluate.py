@@ -30,7 +30,7 @@ from trainer.recipe import Recipe
 from trainer.search import SearchResult, fit_candidate, load_result
 from trainer.split import Split
 from trainer.steps import Outputs, StepContext
-from trainer.tracking import log_run
+from trainer.tracking import is_asked_for, log_run
 from trainer.windowset import WindowSet
 
 Bools = npt.NDArray[np.bool_]
@@ -223,17 +223,30 @@ def step(context: StepContext) -> Outputs:
             write_report(context.into / REPORT_FILE, context, found, result, trained, material, split)
             files["report"] = REPORT_FILE
         done(1)
-    metrics = metrics_of(found)
-    run = log_run(recipe, result, metrics, [context.into / name for name in files.values()])
     return {
         "family": found.family,
-        "metrics": metrics,
+        "metrics": metrics_of(found),
         "baselines": [_summary(baseline) for baseline in found.baselines],
         "alarms": msgspec.to_builtins(found.alarms),
         "alarms_all": msgspec.to_builtins(found.alarms_all),
         "files": files,
-        "mlflow_run": run,
     }
+
+
+def tell(context: StepContext) -> None:
+    """Log a published evaluation in MLflow, where `trainer.tracking` is asked to.
+
+    Raises:
+        ConfigurationError: MLflow is not installed.
+        TemporaryError: its server does not take the run.
+    """
+    if not is_asked_for():
+        return
+    said = context.outputs("evaluate")
+    result, _ = load_result(context)
+    log_run(
+        context.recipe, result, said["metrics"], [context.folder("evaluate") / name for name in said["files"].values()]
+    )
 
 
 def _summary(baseline: Baseline) -> dict[str, Any]:

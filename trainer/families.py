@@ -342,15 +342,16 @@ def fit(family: Family, estimator: Any, features: Float32s, labels: Int64s | Non
             f"{family.name} did not converge ({_first_line(error)}); raise max_iter in [families.{family.name}], widen "
             "its regularisation, or leave the family out"
         ) from error
-    except (ValueError, TypeError, ArithmeticError, np.linalg.LinAlgError, *_own_errors(family)) as error:
+    except _errors_of(family) as error:
         raise TrainingError(
             f"{family.name} cannot be fitted ({_first_line(error)}); change its space in [families.{family.name}]"
         ) from error
 
 
-def _own_errors(family: Family) -> tuple[type[Exception], ...]:
-    """What a library raises that is none of Python's errors. XGBoost's is a ValueError."""
-    return (_extra(family.extra).basic.LightGBMError,) if family.extra == "lightgbm" else ()
+def _errors_of(family: Family) -> tuple[type[Exception], ...]:
+    """What a fit raises that cannot be. XGBoost's own error is a ValueError, LightGBM's is none of Python's."""
+    usual = (ValueError, TypeError, ArithmeticError, np.linalg.LinAlgError)
+    return (*usual, _extra("lightgbm").basic.LightGBMError) if family.extra == "lightgbm" else usual
 
 
 def _first_line(error: Exception) -> str:

@@ -24,6 +24,7 @@ EVALUATE = Step(
     "trainer.evaluate:step",
     (DATASET, CHECKS, SEARCH),
     ("name", "task", "window", "search", "labels", "report"),
+    after="trainer.evaluate:tell",
 )
 EXPORT = Step("export", "trainer.export:step", (DATASET, CHECKS, SEARCH), ("name", "task", "data", "window", "limits"))
 RELEASE = Step(

@@ -94,6 +94,7 @@ class _Work(NamedTuple):
     """Its last seq."""
     done: int
     rows: int
+    """Beyond it, about: batches are taken to have the same number of rows."""
 
 
 def predict(
@@ -113,7 +114,7 @@ def predict(
         scorer: the release.
         stream: that is scored; empty for the one that the manifest names.
         span: windows that end in it; by default all.
-        progress: told the rows that are read.
+        progress: told the rows that are done, of those that were not.
 
     Raises:
         DataError: the stream is not there, or lacks a field of the model.
@@ -157,12 +158,12 @@ class _Run:
     def work(self) -> list[_Work]:
         """The lanes with rows that are not done, by device and epoch."""
         found = self.lake.sql(
-            f"SELECT {DEVICE}, {EPOCH}, max({SEQ}), count(*), epoch_us(min(ts)), epoch_us(max(ts)) "
+            f"SELECT {DEVICE}, {EPOCH}, min({SEQ}), max({SEQ}), count(*), epoch_us(min(ts)), epoch_us(max(ts)) "
             f"FROM {identifier(self.path)} GROUP BY ALL ORDER BY ALL",
             at=self.pins,
         )
         work = []
-        for device, epoch, last, rows, first_us, last_us in zip(
+        for device, epoch, first, last, rows, first_us, last_us in zip(
             *(each.to_pylist() for each in found.columns), strict=True
         ):
             lane = Lane(device, epoch)
@@ -170,7 +171,8 @@ class _Run:
             since_us, until_us = self.span
             outside = (since_us is not None and last_us < since_us) or (until_us is not None and first_us >= until_us)
             if done < last and not outside:
-                work.append(_Work(lane, last, done, rows))
+                left = rows if done < first else -(-rows * (last - done) // (last - first + 1))
+                work.append(_Work(lane, last, done, left))
         return work
 
     def score(self, work: Sequence[_Work], done: Any) -> None:
@@ -178,25 +180,29 @@ class _Run:
         by_lane = {each.lane: each for each in work}
         written = _Written(self._written(work))
         finished: dict[Lane, int] = {}
-        cutter, lane, uncommitted = LaneCutter(self.manifest.window), None, 0
+        cutter, lane, uncommitted, untold = LaneCutter(self.manifest.window), None, 0, 0
         for found, rows in self._rows(work):
             if found != lane:
                 if lane is not None:
                     finished[lane] = by_lane[lane].last
-                cutter, lane = LaneCutter(self.manifest.window), found
+                    done(untold)
+                cutter, lane, untold = LaneCutter(self.manifest.window), found, by_lane[found].rows
             each = by_lane[found]
             cuts = self._chosen(cutter.feed(rows), each)
             fresh = written.lacking(found, cuts)
             self._answers.add(found, cuts.keep(fresh))
             self.rows += len(rows.ts_us)
             uncommitted += len(rows.ts_us)
-            done(len(rows.ts_us))
+            told = min(untold, len(rows.ts_us))  # some are read once more
+            untold -= told
+            done(told)
             if self._answers.bytes >= ANSWER_BYTES_MAX or uncommitted >= COMMIT_ROWS:
                 # The last batch of the device may go on in the next piece: done is what came before it.
                 self._commit(finished | ({found: before} if (before := int(rows.seq[-1]) - 1) > each.done else {}))
                 finished, uncommitted = {}, 0
         if lane is not None:
             finished[lane] = by_lane[lane].last
+            done(untold)
         self._commit(finished)
 
     def _commit(self, progress: dict[Lane, int]) -> None:

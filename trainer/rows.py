@@ -100,7 +100,8 @@ def read_devices(lake: Lake, data: Data, pins: Pins) -> Iterator[DeviceRows]:
             if held > data.device_rows_max:
                 raise DataError(
                     f"device {device} has more than {data.device_rows_max} rows; take fewer with a WHERE in [data] sql,"
-                    " or raise [data] device_rows_max if the memory allows (about 4 bytes a value)"
+                    " or raise [data] device_rows_max if the memory allows (some 50 bytes a row, and of each value 4 "
+                    "beside those of its own type: 12 of a double)"
                 )
     if parts:
         yield _rows(parts, data)

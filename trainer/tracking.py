@@ -15,6 +15,11 @@ from trainer.search import SearchResult
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
+def is_asked_for(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether runs go to MLflow."""
+    return bool(environment.get(URI_VARIABLE))
+
+
 def log_run(
     recipe: Recipe,
     result: SearchResult,
@@ -38,9 +43,9 @@ def log_run(
         ConfigurationError: it is set, but MLflow is not installed.
         TemporaryError: the server does not take the run.
     """
-    uri = environment.get(URI_VARIABLE, "")
-    if not uri:
+    if not is_asked_for(environment):
         return None
+    uri = environment[URI_VARIABLE]
     try:
         mlflow = import_module("mlflow")
     except ImportError as error:

@@ -22,6 +22,7 @@ from lake.scoring import Scorer
 from lake.store import Store, StoreSettings
 from trainer import predict as module
 from trainer.predict import ALL_TIME, Predicted, Span, predict
+from trainer.progress import NOBODY, Progress
 
 BASE_US = 1_700_000_000_000_000
 STREAM = "vibration"
@@ -84,10 +85,12 @@ def open_lake(store: Store) -> Lake:
     return _lakes[store.url]
 
 
-def run(store: Store, model: str = "shaker", span: Span = ALL_TIME, stream: str = STREAM) -> Predicted:
+def run(
+    store: Store, model: str = "shaker", span: Span = ALL_TIME, stream: str = STREAM, progress: Progress = NOBODY
+) -> Predicted:
     """One run."""
     manifest, data = newest(store, model)
-    return predict(open_lake(store), store, Scorer(data, manifest), stream=stream, span=span)
+    return predict(open_lake(store), store, Scorer(data, manifest), stream=stream, span=span, progress=progress)
 
 
 def in_pieces(size: int) -> Callable[[pa.RecordBatch], Iterator[tuple[Lane, pa.RecordBatch]]]:

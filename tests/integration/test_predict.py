@@ -13,6 +13,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
@@ -101,6 +102,28 @@ def test_a_history_is_scored_once_and_a_second_run_has_nothing_to_do(store, flee
     assert (first.windows, first.devices, first.rows) == (len(expected(fleet, stride)), 3, 83)
     second = run(store)
     assert (second.windows, second.rows, second.commits) == (0, 0, 0)
+
+
+def test_the_bar_is_full_when_all_is_scored_and_leaves_out_what_was(store, fleet, stride):
+    bar = Bar()
+    for sizes, most in (([7, 1, 30, 2], 60), ([1, 5], 20), ([40], 45)):
+        fleet.send("pi-1", 1, sizes)
+        fleet.send("pi-2", 1, sizes[:1])
+        run(store, progress=bar)
+        assert sum(bar.steps) == bar.total
+        assert 0 < bar.total <= most
+        assert min(bar.steps) >= 0
+
+
+class Bar:
+    """Progress that is written down."""
+
+    total = 0
+
+    @contextmanager
+    def track(self, what, total):
+        self.total, self.steps = total, []
+        yield self.steps.append
 
 
 def test_windows_that_reach_over_the_end_of_a_run_are_neither_lost_nor_doubled(store, fleet, stride):

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.window_sets import machine_recipe, machine_windows, watch_recipe, watch_windows
+from tests.window_sets import drawn_recipe, drawn_windows, machine_recipe, machine_windows, watch_recipe, watch_windows
 from trainer import evaluate, export, search, tracking
 from trainer.errors import StepNotReadyError
+from trainer.pipeline import EVALUATE
 from trainer.recipe import Report, Search, SplitRule
 from trainer.split import save_split, split_windows
 from trainer.steps import StepContext
@@ -51,6 +52,7 @@ def run(tmp_path: Path, dataset, recipe) -> dict[str, dict]:
             recipe=recipe, work=tmp_path, lake=None, store=None, seed=1, into=tmp_path / name, recipe_text="<recipe>"
         )
         found[name] = json.loads(json.dumps(step(context)))
+        (tmp_path / name / "outputs.json").write_text(json.dumps(found[name]))
     return found
 
 
@@ -82,7 +84,9 @@ def test_exercises_of_people_never_seen_are_told_apart(tmp_path: Path) -> None:
     assert any(name.endswith("as it comes") for name in baseline)
     assert found["export"]["parity"]["score_difference_max"] == 0.0
     assert found["export"]["classes"] == ["ABD", "ER", "FEL", "IR", "PEN", "ROW", "TRAP"]
-    assert {path.name for path in (tmp_path / "export").iterdir()} == {"model.onnx", "probe.arrow", "reference.json"}
+    assert {path.name for path in (tmp_path / "export").iterdir()} - {"outputs.json"} == {
+        *("model.onnx", "probe.arrow", "reference.json")
+    }
     assert len(list(tmp_path.glob(f"{search.JOURNAL_FILE}.*"))) == 1  # until the search is published
     figures = json.loads((tmp_path / "evaluate" / "evaluation.json").read_text())
     judged = {device["device"].split("-")[1] for device in figures["devices"]}
@@ -158,6 +162,22 @@ def test_runs_go_to_mlflow_only_where_its_uri_is_set_and_it_is_installed(monkeyp
     server.broken = True
     with pytest.raises(tracking.TemporaryError, match="does not take the run"):
         tracking.log_run(recipe, result, metrics, [], uri)
+
+
+def test_an_evaluation_goes_to_mlflow_after_it_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = FakeMlflow()
+    monkeypatch.setattr(tracking, "import_module", lambda name: server)
+    monkeypatch.setenv(tracking.URI_VARIABLE, "http://mlflow:5000")
+    recipe = drawn_recipe(
+        families={"extra_trees": {"n_estimators": 5}},
+        search=Search(metric="f1_macro", trials=1),
+        report=Report(html=False, learning_curve=False),
+    )
+    run(tmp_path, drawn_windows(), recipe)
+    assert server.said == []
+    assert EVALUATE.after == "trainer.evaluate:tell"
+    evaluate.tell(Folders(recipe=recipe, work=tmp_path, lake=None, store=None, seed=1))
+    assert server.said[-1] == ("log_artifact", str(tmp_path / "evaluate" / "evaluation.json"))
 
 
 class FakeMlflow:
