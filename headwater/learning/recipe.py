@@ -56,8 +56,8 @@ def demo_recipe(devices: Sequence[str]) -> dict[str, Any]:
         "window": {"rows": 128, "stride": 64, "gap_s": 0.5},
         "split": split,
         "families": {"extra_trees": {"n_estimators": [100]}, "logistic_regression": {}},
-        # Of seven exercises. Held-out people reach 0.8; chance 0.1.
-        "search": {"metric": "f1_macro", "target": 0.6, "trials": 3, "seconds": 12.0},
+        # Of seven exercises: chance reaches 0.1; people never seen 0.9, with two to learn from 0.6.
+        "search": {"metric": "f1_macro", "target": 0.4, "trials": 3, "seconds": 12.0},
         "report": {"html": False, "learning_curve": False},
         # The recordings are played in a loop, so that a device repeats itself.
         "checks": {"windows_min": 50, "identical_windows_max": 1_000_000, "rate_tolerance": 0.5},
