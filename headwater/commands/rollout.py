@@ -85,7 +85,7 @@ def start(
         from lake.releases import Releases
 
         if spec is None and "@" not in release and release in table.look().rollouts:
-            _act(table, Action.START, release, by, why, json, supersede=supersede)
+            _act(store, table, Action.START, release, by, why, json, supersede=supersede)
             return
         each = {"committed_share_min": share, "bake_s": bake, "max_wait_s": max_wait}
         options = {
@@ -251,13 +251,14 @@ def _do(
     *,
     rollback: bool = False,
 ) -> None:
-    with _opened(lake, data) as (_, table):
+    with _opened(lake, data) as (store, table):
         from gateway.rollouts.actions import Action
 
-        _act(table, Action(word), rollout, by, why, json, rollback=rollback)
+        _act(store, table, Action(word), rollout, by, why, json, rollback=rollback)
 
 
 def _act(
+    store: Store,
     table: RolloutTable,
     action: Action,
     rollout: str,
@@ -269,8 +270,11 @@ def _act(
     supersede: bool = False,
 ) -> None:
     from gateway.rollouts.actions import act
+    from lake.releases import Releases
 
-    _say(table.act(act(action, rollout, _person(by, why), rollback=rollback, supersede=supersede)).get(rollout), json)
+    releases = Releases(store).look()
+    decide = act(action, rollout, _person(by, why), rollback=rollback, supersede=supersede, releases=releases)
+    _say(table.act(decide).get(rollout), json)
 
 
 def _person(by: str | None, why: str) -> Person:
