@@ -251,11 +251,13 @@ class ReportedModel(msgspec.Struct, frozen=True, kw_only=True):
     """One model on a device. Counters run since the active version was loaded, in this run of the agent."""
 
     active: int
-    """Version that answers now; 0 for none that was ordered."""
+    """Version that answers, or is being loaded; 0 for none that was ordered."""
     active_sha256: str = ""
     previous: int = 0
-    """Version that was active before, and to which a rollback would lead; 0 for none that was ordered."""
+    """Version that was active before it, and to which a rollback would lead; 0 for none that was ordered."""
     previous_sha256: str = ""
+    factory: int = 0
+    """Version of the factory's release, where that answers: no order brought it, and order 0 leads back to it."""
     windows: int = 0
     skipped: int = 0
     """Windows left out because the worker was busy."""

@@ -10,7 +10,7 @@ from contract.models import ReportedModel
 
 _PREFIX = "headwater_agent_model_"
 _FIGURES = {
-    "active": ("active", "Version that answers now; 0 for none"),
+    "active": ("active", "Version that answers; 0 for none that was ordered"),
     "windows": ("windows", "Windows scored since the version was loaded"),
     "skipped": ("skipped_windows", "Windows left out because the worker was busy"),
     "errors": ("errors", "Windows on which the model failed or took too long"),

@@ -473,10 +473,16 @@ _NOT_SHOWN = frozenset({TrustReason.REPLAYED.value, TrustReason.WRONG_DEVICE.val
 
 
 def _reported(loaded: Loaded | None, record: ModelRecord) -> ReportedModel:
+    tried = record.candidate
+    if loaded is None or tried is None or tried.sha256 != loaded.manifest.artifact.sha256:
+        active, previous = record.active, record.previous
+    else:
+        active, previous = tried, record.active  # on trial it answers, and the active one stands by
     slots = ReportedModel(
-        active=0,
-        previous=0 if record.previous is None else record.previous.version,
-        previous_sha256="" if record.previous is None else record.previous.sha256,
+        active=0 if active is None else active.version,
+        active_sha256="" if active is None else active.sha256,
+        previous=0 if previous is None else previous.version,
+        previous_sha256="" if previous is None else previous.sha256,
         order=record.shown,
     )
     if loaded is None:
@@ -484,8 +490,7 @@ def _reported(loaded: Loaded | None, record: ModelRecord) -> ReportedModel:
     counters = loaded.counters
     return msgspec.structs.replace(
         slots,
-        active=loaded.manifest.version,
-        active_sha256=loaded.manifest.artifact.sha256,
+        factory=loaded.manifest.version if active is None else 0,
         windows=counters.windows,
         skipped=counters.skipped,
         errors=counters.errors,

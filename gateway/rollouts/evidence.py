@@ -143,7 +143,7 @@ def tally(rollout: Rollout, devices: Iterable[DeviceView], *, excusing: bool) ->
     reached, spec = len(rollout.stages), rollout.spec
     for device in devices:
         model = device.model
-        if model is not None and model.active and model.active != spec.version:
+        if model is not None and (model.active or model.factory) and model.active != spec.version:
             found.others.append(model)
         if device.order is not None and went_back(rollout, device):
             found.back[device.order.state.value] += 1

@@ -162,9 +162,7 @@ def _before(rollout: Rollout, rollouts: Sequence[Rollout], device: DeviceView) -
         return 0, ""
     if went_back(rollout, device) and order.state is not DeviceState.REJECTED:
         return order.version, order.sha256
-    # A release that was committed and is being loaded, or cannot be, is not yet reported as active.
-    loading = not model.active and took(rollout, device) and order.state is DeviceState.COMMITTED
-    if model.active != rollout.spec.version and not loading:
+    if model.active != rollout.spec.version:
         return model.active, model.active_sha256
     # What a newer rollout brought, and took back, was not there before this one.
     later = {each.spec.version for each in rollouts if each.began >= rollout.began}

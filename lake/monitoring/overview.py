@@ -152,5 +152,5 @@ class Monitor:
                 continue  # of a newer agent
             state = reported.models.get(model)
             if state is not None:
-                found[row["device"]] = Counters(state.active, state.errors, state.skipped)
+                found[row["device"]] = Counters(state.active or state.factory, state.errors, state.skipped)
         return found

@@ -339,7 +339,7 @@ def test_the_factorys_model_answers_from_the_first_start_until_a_release_is_comm
     (factory / f"{made.artifact.sha256}.onnx").write_bytes(data)
     (factory / "gestures.json").write_bytes(msgspec.json.encode(made))
     device = device_of("factory", factory=str(factory))
-    wait_until(lambda: (device.told() or ReportedModel(active=0)).active == 7, PATIENCE_S, "the factory's model")
+    wait_until(lambda: (device.told() or ReportedModel(active=0)).factory == 7, PATIENCE_S, "the factory's model")
     device.answers(7)
     order = device.order(device.house.release(model(), version=8))
     told = device.wait(DeviceState.COMMITTED, order.sequence)
@@ -347,7 +347,7 @@ def test_the_factorys_model_answers_from_the_first_start_until_a_release_is_comm
     assert (told.previous, told.previous_sha256) == (0, "")
     # Back to before any order: the factory's answers again, and is not silenced.
     told = device.wait(DeviceState.COMMITTED, device.order(None).sequence)
-    assert told.previous == 8
+    assert (told.active, told.previous) == (0, 8)
     device.answers(7)
 
 

@@ -424,7 +424,7 @@ def test_who_never_read_an_order_is_not_ordered_back_until_it_says_that_it_did()
         (DeviceState.DOWNLOADING, 7, 6, 7),
         (DeviceState.ROLLED_BACK, 7, 2, 7),
         (DeviceState.FAILED, 0, 0, 0),
-        (DeviceState.COMMITTED, 0, 7, 7),
+        (DeviceState.COMMITTED, 0, 7, 0),
         (DeviceState.REJECTED, 7, 6, 7),
     ],
 )
