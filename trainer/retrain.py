@@ -318,7 +318,7 @@ def _metric(
         place = {name: number for number, name in enumerate(names)}
         truth = np.array([place[name] for name in dataset.labels[rows].tolist()], dtype=np.int64)
         return metric_of(scores, truth, None, scorer, metric, "the release")
-    faulty = inject(windows, spread(dataset.windows[context.split().train]), context.seed)
+    faulty = inject(windows, spread(dataset.pieces(context.split().train)), context.seed)
     answers = np.concatenate([run_model(session, windows).score, run_model(session, faulty).score])
     truth = np.repeat(np.array([0, 1], dtype=np.int64), len(rows))
     return metric_of(answers, truth, threshold, scorer, metric, "the release")
