@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -149,8 +149,8 @@ def _remedy(text: str, known: list[str]) -> str:
 
 def _known_values(kind: Any, path: list[str]) -> list[str]:
     """The values there are for the key at `path`, where they can be counted."""
-    for name in path[:-1]:
-        kind = get_type_hints(kind).get(name) if isinstance(kind, type) else None
+    for part in path[:-1]:
+        kind = _kind_of(kind, part)
     for each in get_args(kind) or (kind,):
         if isinstance(each, type) and issubclass(each, msgspec.Struct):
             config = each.__struct_config__
@@ -174,16 +174,27 @@ def _where(path: list[str]) -> str:
 
 def _known_keys(kind: Any, path: list[str]) -> str:
     """Names of the keys of the table at `path`."""
-    for name in path:
-        kind = get_type_hints(kind).get(name) if isinstance(kind, type) else None
+    for part in path:
+        kind = _kind_of(kind, part)
     kinds = get_args(kind) or (kind,)
     structs = [each for each in kinds if isinstance(each, type) and issubclass(each, msgspec.Struct)]
     return ", ".join(dict.fromkeys(field.encode_name for each in structs for field in msgspec.structs.fields(each)))
 
 
+def _kind_of(kind: Any, part: str) -> Any:
+    """The type of a member: `stage`, or of one of its elements: `stages[0]`."""
+    name, is_element, _ = part.partition("[")
+    found = get_type_hints(kind).get(name) if isinstance(kind, type) else None
+    return get_args(found)[0] if is_element and get_args(found) else found
+
+
 def _value_at(table: Any, path: list[str]) -> Any:
-    for name in path:
+    for part in path:
+        name, is_element, index = part.partition("[")
         table = table.get(name) if isinstance(table, Mapping) else None
+        if is_element:
+            place = int(index.rstrip("]")) if index.rstrip("]").isdigit() else -1
+            table = table[place] if isinstance(table, Sequence) and 0 <= place < len(table) else None
     return table
 
 

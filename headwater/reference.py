@@ -56,7 +56,7 @@ def _sections(command: Any, path: str) -> Iterator[str]:
     arguments = [param for param in command.params if param.param_type_name == "argument"]
     options = [param for param in command.params if param.param_type_name == "option" and param.name != "help"]
     yield f"\n## {path}\n\n"
-    yield f"    {' '.join([path, *(argument.metavar or argument.name for argument in arguments), '[options]'])}\n\n"
+    yield f"    {' '.join([path, *map(_argument, arguments), '[options]'])}\n\n"
     yield f"{_help(command.help or '')}\n\n"
     yield "| | |\n|---|---|\n"
     for argument in arguments:
@@ -64,6 +64,11 @@ def _sections(command: Any, path: str) -> Iterator[str]:
     for option in options:
         names = ", ".join(f"`{name}`" for name in sorted(option.opts, key=len, reverse=True))
         yield f"| {names}{_form(option)} | {_cell(option.help or '')}{_default(option)} |\n"
+
+
+def _argument(argument: Any) -> str:
+    name = argument.metavar or argument.name
+    return name if argument.required else f"[{name}]"
 
 
 def _form(option: Any) -> str:

@@ -273,7 +273,10 @@ class Lake:
             views = {name: text for name, path in paths.items() if name != GAPS and (text := self._view(path, at))}
             return views | ({GAPS: self._gaps(at)} if GAPS in paths else {})
         if lacking := sorted(name for name, path in paths.items() if path not in at):
-            raise QueryError(f"no version was given of {_listed(lacking)}; give one for each table of the query")
+            raise QueryError(
+                f"no version is known of {_listed(lacking)}; write something there first (labels come with: headwater "
+                "label import), or give a version for each table of the query"
+            )
         return {name: text for name, path in paths.items() if (text := self._view(path, at[path]))}
 
     def _view(self, path: str, at: At) -> str | None:

@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from contract.errors import ConfigurationError
 from contract.inference import label_names
 from contract.models import Manifest
 from lake.columns import DEVICE, EPOCH, ROW, SEQ
@@ -432,6 +433,12 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def span_of(since: datetime | None, until: datetime | None) -> Span:
-    """A span of time between two moments, each with its zone."""
+    """A span of time between two moments, each with its zone.
+
+    Raises:
+        ConfigurationError: it would end before it begins.
+    """
+    if since is not None and until is not None and since >= until:
+        raise ConfigurationError(f"--since {since.isoformat()} is not before --until {until.isoformat()}; change one")
     bounds = (None if moment is None else round(moment.timestamp() * 1_000_000) for moment in (since, until))
     return Span(*bounds)

@@ -212,7 +212,7 @@ class Policy(Part, frozen=True, kw_only=True):
     approve: bool = False
     """Sign the release, where the keys are at hand and held-out windows meet `[search] target`, which it needs."""
     rollout: bool = False
-    """Start the rollout of an approved release."""
+    """`train watch` starts the rollout of a release that it approved; `train run` leaves that to a person."""
     retrain: Retrain = Retrain()
 
 

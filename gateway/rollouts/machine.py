@@ -121,7 +121,8 @@ def _judge(rollout: Rollout, found: Tally, now_us: int, who: str) -> list[Rollou
             return []
     if len(rollout.stages) == len(rollout.spec.stages):
         return [one(EventKind.SUCCEEDED, f"the last stage passed: {_shown(found)}")]
-    passed = one(EventKind.STAGE_PASSED, f"stage {rollout.stage + 1} passed: {_shown(found)}")
+    why = _shown(found) if found.members else f"no device falls into {shown_stage(stage)}"
+    passed = one(EventKind.STAGE_PASSED, f"stage {rollout.stage + 1} passed: {why}")
     return [passed, _begin_next(rollout, now_us, who)]
 
 

@@ -143,6 +143,22 @@ def _show_status(answers: list[Any]) -> None:
             trouble = stream["last_error"] or ("" if uplink["connected"] else uplink["last_loss"])
             rows.append((answer["device"], uplink["connected"], name, stream["state"], *counts, trouble))
     output.say_table(columns, rows)
+    _show_models(answers)
+
+
+def _show_models(answers: list[Any]) -> None:
+    columns = ("device", "model", "answers", "windows", "errors", "skipped", "order", "state", "reason")
+    rows = []
+    for answer in answers:
+        for name, model in answer.get("models", {}).items():
+            answering = f"{model['factory']} (factory)" if model["factory"] else model["active"] or "none"
+            order = model["order"] or {"version": "", "state": "", "reason": ""}
+            counts = (model["windows"], model["errors"], model["skipped"])
+            rows.append(
+                (answer["device"], name, answering, *counts, order["version"], order["state"], order["reason"])
+            )
+    if rows:
+        output.say_table(columns, rows)
 
 
 def _show_buffer(answers: list[Any]) -> None:

@@ -85,6 +85,12 @@ def start(
         from lake.releases import Releases
 
         if spec is None and "@" not in release and release in table.look().rollouts:
+            given = (stages, to, share, bake, max_wait, guard, previous)
+            if any(each is not None for each in given) or approval or draft:
+                raise ConfigurationError(
+                    f"{release} was drafted with its stages and limits, and starts as it is; leave the options out, or "
+                    "start a rollout of the release"
+                )
             _act(store, table, Action.START, release, by, why, json, supersede=supersede)
             return
         each = {"committed_share_min": share, "bake_s": bake, "max_wait_s": max_wait}

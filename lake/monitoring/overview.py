@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import NamedTuple
 
 import msgspec
 
-from contract.errors import HeadwaterError
-from contract.messages import Reported
-from lake.catalog import Catalog
 from lake.errors import UnknownStreamError
 from lake.ledger import Ledger
 from lake.monitoring.accuracy import Accuracy, measure, read_labels, read_predictions
@@ -26,18 +22,6 @@ from lake.store import Store
 from lake.tables import ControlTable
 
 ACCURACY_ROWS_MAX = 2_000_000
-_REPORTED = """
-SELECT device, document FROM "control/devices" WHERE event = 'reported' AND document IS NOT NULL
-QUALIFY row_number() OVER (PARTITION BY device ORDER BY at DESC) = 1
-"""
-
-
-class Counters(NamedTuple):
-    """What a device counts since it loaded the version that answers now."""
-
-    version: int
-    errors: int
-    skipped: int
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +32,6 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     drift: Figures | None
     """Of its latest windows."""
     accuracy: Accuracy | None
-    counters: Counters | None
     alerts: tuple[Alert, ...]
 
 
@@ -88,20 +71,17 @@ class Monitor:
         except UnknownStreamError:
             return []
         alerts = fold(self._alerts.look())
-        counters = self._counters(model)
         accuracy = self._accuracy(model, since)
         drift = self._drift(model, since)
         lines = []
         for each in found:
             key = each.release, each.device
-            counted = counters.get(each.device)
             lines.append(
                 Line(
                     model=model,
                     performance=each,
                     drift=drift.get(key),
                     accuracy=accuracy.get(key),
-                    counters=counted if counted is not None and counted.version == each.release else None,
                     alerts=tuple(
                         alert
                         for alert_key, alert in alerts.items()
@@ -140,17 +120,3 @@ class Monitor:
                 return {}
             return {(one.release, one.device): one for one in measure(rows, labels) if one.device}
         return {}
-
-    def _counters(self, model: str) -> dict[str, Counters]:
-        if Catalog(self._store).state("control/devices") is None:
-            return {}
-        found = {}
-        for row in self._lake.sql(_REPORTED).to_pylist():
-            try:
-                reported = msgspec.json.decode(row["document"], type=Reported)
-            except (msgspec.MsgspecError, HeadwaterError):
-                continue  # of a newer agent
-            state = reported.models.get(model)
-            if state is not None:
-                found[row["device"]] = Counters(state.active or state.factory, state.errors, state.skipped)
-        return found

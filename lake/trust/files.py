@@ -74,7 +74,8 @@ def read_state(store: Store, anchor: bytes | None) -> State:
         ) from error
     except UnverifiedError as error:
         raise CorruptLakeError(
-            f"metadata below {METADATA} in {store.url} is not to be trusted: {error}; restore it from a backup"
+            f"metadata below {METADATA} in {store.url} is not to be trusted: {error}; if root.json is that of "
+            "another lake, name the folder of this lake's keys, else restore the metadata from a backup"
         ) from error
     return State(tagged, roots, stamp, snapshot, targets, free)
 

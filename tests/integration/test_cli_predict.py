@@ -59,6 +59,7 @@ def test_a_history_is_scored_and_read_back(store):
         (("draft",), 1, "no approved release"),
         (("shaker@9",), 1, "release list"),
         (("shaker", "--since", "yesterday"), 2, "--since 'yesterday'"),
+        (("shaker", "--since", "2026-01-02T00:00:00", "--until", "2026-01-01T00:00:00"), 2, "is not before --until"),
         (("shaker", "--stream", "other"), 1, "lake streams"),
         (("deaf",), 1, "no stream 'nowhere'"),
     ],

@@ -553,3 +553,20 @@ def test_a_lake_that_does_not_answer_and_a_bug_cost_only_time(tmp_path, monkeypa
         assert not desk.controller.drive()
     assert value(desk.metrics, "faults_total", where="rollouts") == 1
     assert desk.controller.drive()
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"stages": [{"percent": 10, "committed_share_min": 7.0}]}, r"\[stages\[0\]\] committed_share_min = 7\.0: "),
+        (
+            {"stages": ["10%", {"percent": 50, "guard": {"bogus": 1}}]},
+            r"bogus = 1 is an unknown key; .*latency_ms_p99_max",
+        ),
+    ],
+)
+def test_a_mistake_in_a_stage_is_named_with_its_value(tmp_path, raw, said):
+    store = store_in(tmp_path)
+    release(store, manifest_of(MODEL), b"one")
+    with pytest.raises(ConfigurationError, match=said):
+        specified({"model": MODEL, **raw}, Releases(store).look(), "")
