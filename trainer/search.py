@@ -345,6 +345,8 @@ def _study(storage: JournalStorage | None) -> optuna.Study:
 def _resumed(journal: Path, recipe: Recipe) -> optuna.Study:
     """The study of a journal. What a power cut or a full disk left of a last line is cut off; a journal that is
     damaged otherwise is dropped, and with it the trials it held."""
+    # One process works in the folder at a time (`trainer.files.locked`): a lock that is there was left by a kill.
+    Path(f"{journal}.lock").unlink(missing_ok=True)
     if journal.exists():
         content = journal.read_bytes()
         os.truncate(journal, content.rfind(b"\n") + 1)

@@ -10,6 +10,7 @@ import json
 import tracemalloc
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,13 +111,21 @@ def test_a_journal_of_other_inputs_is_not_continued(tmp_path) -> None:
     assert list(tmp_path.glob(f"{JOURNAL_FILE}.*")) == []
 
 
-def test_a_search_goes_on_after_a_torn_last_line(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_with(search=Search(metric="f1_macro", trials=4))
     material, split = prepared(recipe)
     journal = tmp_path / "journal"
     search.search(material, split, recipe, 1, journal=journal)
     with journal.open("ab") as file:
         file.write(b'{"op_code":4,"wor')
+    lock, backend = tmp_path / "journal.lock", search.JournalFileBackend
+    lock.symlink_to(journal)
+
+    def free_at_once(path: str) -> Any:
+        assert not lock.is_symlink(), "Optuna would wait for it"
+        return backend(path)
+
+    monkeypatch.setattr(search, "JournalFileBackend", free_at_once)
     fitted, whole = count(), search.train
     monkeypatch.setattr(search, "train", lambda *arguments: (next(fitted), whole(*arguments))[1])
     result, _ = search.search(material, split, recipe, 1, journal=journal)
