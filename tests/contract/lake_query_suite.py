@@ -129,7 +129,7 @@ class QuerySuite:
         assert answer(lake, question, pins) == [(3, 3)]
         assert lake.versions(question)["raw/t"] == pins["raw/t"] + 1
         assert lake.versions("SELECT 1") == {}
-        with pytest.raises(QueryError, match="no version was given of t"):
+        with pytest.raises(QueryError, match="no version is known of t"):
             lake.sql(question, at={"raw/s": pins["raw/s"]})
         with pytest.raises(QueryError, match="gaps"):
             lake.versions("FROM gaps")
