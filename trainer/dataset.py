@@ -17,7 +17,7 @@ from trainer.errors import DataError, RecipeError
 from trainer.labels import LabelBook, labels_query, read_labels
 from trainer.profile import DeviceProfile, FieldProfile, Profile, device_figures, field_profiles
 from trainer.recipe import Recipe, SplitRule
-from trainer.rows import DeviceRows, base_query, field_types, read_devices
+from trainer.rows import DeviceRows, base_query, check_label_field, field_types, read_devices
 from trainer.steps import Outputs, StepContext
 from trainer.windows import MIXED, UNLABELLED, Int64s, views, window_codes, window_starts
 from trainer.windowset import CHUNK_BYTES, WindowMeta, WindowSet, WindowWriter
@@ -69,6 +69,9 @@ def step(context: StepContext) -> Outputs:
     _check_search(recipe)
     book = None
     if recipe.labels is not None:
+        pinned = context.pins.get(table_path(recipe.labels.stream)) if recipe.labels.stream else None
+        if pinned is not None:
+            check_label_field(context.store, recipe.labels, pinned)
         book = read_labels(
             context.lake.sql(labels_query(recipe.labels, recipe.data.stream), at=context.pins), recipe.labels
         )

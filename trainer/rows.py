@@ -14,19 +14,20 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from lake.catalog import Catalog
-from lake.columns import DEVICE, EPOCH, ROW, SEQ, stored_name
+from lake.columns import DATE, DEVICE, EPOCH, ROW, SEQ, stored_name
 from lake.duck import identifier
 from lake.query import Lake, Pins
 from lake.raw import table_path
 from lake.store import Store
 from trainer.errors import DataError, RecipeError
-from trainer.recipe import Data
+from trainer.recipe import Data, Labels
 
 Float32s = npt.NDArray[np.float32]
 Int64s = npt.NDArray[np.int64]
 
 _TIME, _LIFE = "_time", "_life"
 """Columns of our own: `ts` in microseconds, and the number of the epoch among those of the device."""
+_OURS = frozenset({"ts", DATE})
 _ARROW_NAMES = {"float": "float32", "double": "float64", "halffloat": "float16"}
 
 
@@ -56,21 +57,41 @@ def field_types(store: Store, data: Data, version: int) -> tuple[str, ...]:
         RecipeError: a field is not in the stream, or is no number.
         StoreUnavailableError: the store did not answer.
     """
-    state = Catalog(store).state(table_path(data.stream), version)
-    schema = pa.schema([]) if state is None else state.schema
+    known = _recorded(store, data.stream, version)
     found = []
     for name in data.fields:
-        if stored_name(name) not in schema.names:
-            known = [field for field in schema.names if not field.startswith("_")]
+        kind = known.get(stored_name(name))
+        if kind is None:
             raise RecipeError(
-                f"[data] fields: the stream {data.stream} has no field {name!r}; it has {', '.join(known[:40])}. "
+                f"[data] fields: the stream {data.stream} has no field {name!r}; it has {', '.join([*known][:40])}. "
                 "A device cuts its windows out of the fields that it records"
             )
-        kind = schema.field(stored_name(name)).type
         if not _is_number(kind):
             raise RecipeError(f"[data] fields: {name} of {data.stream} is {kind}; a window holds numbers, leave it out")
         found.append(_ARROW_NAMES.get(str(kind), str(kind)))
     return tuple(found)
+
+
+def check_label_field(store: Store, labels: Labels, version: int) -> None:
+    """Refuse a field that the stream of labels does not have.
+
+    Raises:
+        RecipeError: naming it, and those that there are.
+        StoreUnavailableError: the store did not answer.
+    """
+    known = _recorded(store, labels.stream, version)
+    if stored_name(labels.field) not in known:
+        raise RecipeError(
+            f"[labels] field: the stream {labels.stream} has no field {labels.field!r}; it has "
+            f"{', '.join([*known][:40])}"
+        )
+
+
+def _recorded(store: Store, stream: str, version: int) -> dict[str, pa.DataType]:
+    """The fields that devices recorded, by stored name."""
+    state = Catalog(store).state(table_path(stream), version)
+    schema = pa.schema([]) if state is None else state.schema
+    return {field.name: field.type for field in schema if not field.name.startswith("_") and field.name not in _OURS}
 
 
 def read_devices(lake: Lake, data: Data, pins: Pins) -> Iterator[DeviceRows]:

@@ -210,7 +210,7 @@ def test_nan_labels_stop_with_a_report(store: Store, train: Training) -> None:
     ("old", "new", "error", "words"),
     [
         ('stream = "motion"', 'stream = "nothing"', DataError, "no stream 'nothing'"),
-        ('["x", "y"]', '["x", "z"]', RecipeError, "no field 'z'; it has ts, x, y"),
+        ('["x", "y"]', '["x", "z"]', RecipeError, "no field 'z'; it has x, y"),
         ('["x", "y"]', '["x", "y"]\nsql = "SELECT _device, ts, x FROM motion"', RecipeError, "no 'y'"),
         ('["x", "y"]', '["x", "y"]\nsql = "FROM motion WHERE false"', DataError, "no rows of motion at"),
         (
@@ -282,6 +282,14 @@ def test_a_dataset_that_is_killed_is_made_whole_by_the_next_run(store: Store, tr
     assert not train(RECIPE, DATASET, force=True).skipped
     assert not (train.work / ".dataset.draft").exists()
     assert train.dataset.sha256() == whole.outputs["sha256"]
+
+
+def test_fields_that_no_stream_has_are_named_beside_those_that_there_are(store: Store, train: Training) -> None:
+    bring_in_walkers(store)
+    with pytest.raises(RecipeError, match=r"\[labels\] field: the stream doing has no field 'zz'; it has what$"):
+        train(RECIPE.replace('field = "what"', 'field = "zz"'))
+    with pytest.raises(RecipeError, match=r"\[data\] fields: the stream motion has no field 'ts'; it has x, y\."):
+        train(RECIPE.replace('["x", "y"]', '["x", "ts"]'))
 
 
 def test_ctrl_c_ends_a_long_question_at_once_and_the_next_run_is_whole(store: Store, train: Training) -> None:
