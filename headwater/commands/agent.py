@@ -154,9 +154,7 @@ def _show_models(answers: list[Any]) -> None:
             answering = f"{model['factory']} (factory)" if model["factory"] else model["active"] or "none"
             order = model["order"] or {"version": "", "state": "", "reason": ""}
             counts = (model["windows"], model["errors"], model["skipped"])
-            rows.append(
-                (answer["device"], name, answering, *counts, order["version"], order["state"], order["reason"])
-            )
+            rows.append((answer["device"], name, answering, *counts, order["version"], order["state"], order["reason"]))
     if rows:
         output.say_table(columns, rows)
 
