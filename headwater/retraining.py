@@ -77,22 +77,9 @@ def start_rollout(context: StepContext, release: Release, why: str) -> str:
 
 def rollout_of(context: StepContext, release: Release) -> dict[str, Any]:
     """The recipe's `[rollout]` and `[trial]` in the words of a rollout's specification."""
-    rollout = context.recipe.rollout
-    stages = []
-    for stage in rollout.stages:
-        table: dict[str, Any] = {
-            "bake_s": stage.bake_s,
-            "approval": stage.approval,
-            "max_wait_s": rollout.max_wait_s,
-            "guard": dict(rollout.guard),
-        }
-        if stage.percent is not None:
-            table["percent"] = stage.percent
-        if stage.tag:
-            table["tags"] = [stage.tag]
-        if stage.devices:
-            table["devices"] = list(stage.devices)
-        stages.append(table)
+    from trainer.recipe import stage_tables
+
+    stages = stage_tables(context.recipe.rollout)
     trial = msgspec.to_builtins(context.recipe.trial)
     return {"model": release.model, "version": release.version, "stages": stages, "trial": trial}
 

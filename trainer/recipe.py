@@ -410,24 +410,35 @@ def _check_ranges(recipe: Recipe) -> None:
             raise RecipeError(f"[checks.ranges] {name} = [{low:g}, {high:g}] holds no value; give the lower one first")
 
 
+def stage_tables(rollout: Rollout) -> list[dict[str, Any]]:
+    """The stages in the words of a rollout's specification (`lake.rollout_spec.Stage`)."""
+    return [
+        {
+            "percent": stage.percent,
+            "tags": [stage.tag] if stage.tag else [],
+            "devices": list(stage.devices),
+            "bake_s": stage.bake_s,
+            "approval": stage.approval,
+            "max_wait_s": rollout.max_wait_s,
+            "guard": dict(rollout.guard),
+        }
+        for stage in rollout.stages
+    ]
+
+
 def _check_rollout(recipe: Recipe) -> None:
     """What could not be ordered from a gateway later (see `lake.rollout_spec`)."""
     rollout = recipe.rollout
     guard = convert(rollout.guard, rollout_spec.Guard, "[rollout.guard] ")
-    stages = []
     for number, stage in enumerate(rollout.stages, 1):
         if (stage.percent is not None) + bool(stage.tag) + bool(stage.devices) != 1:
             raise RecipeError(f"[rollout] stage {number} has none or several of percent, tag and devices; give one")
-        table = {
-            "percent": stage.percent,
-            "tags": [stage.tag] if stage.tag else [],
-            "devices": stage.devices,
-            "bake_s": stage.bake_s,
-            "max_wait_s": rollout.max_wait_s,
-        }
-        stages.append(
-            msgspec.structs.replace(convert(table, rollout_spec.Stage, f"[rollout] stage {number}: "), guard=guard)
+    stages = [
+        msgspec.structs.replace(
+            convert(table | {"guard": {}}, rollout_spec.Stage, f"[rollout] stage {number}: "), guard=guard
         )
+        for number, table in enumerate(stage_tables(rollout), 1)
+    ]
     try:
         spec = rollout_spec.Spec(model=recipe.name, version=1, sha256="", stages=tuple(stages), trial=recipe.trial)
         rollout_spec.check_spec(spec)

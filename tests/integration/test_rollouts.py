@@ -268,3 +268,13 @@ def test_people_are_told_why_not(mosquitto, bench):
         rows = gateway.get(f"/v1/rollouts/{name}/history")[1]["events"]
         assert [row["event"] for row in rows] == ["created", "started", "paused"]
         assert [each["rollout"] for each in bench.typed("rollout", "status")] == [name, rollout]
+
+
+def test_a_draft_starts_as_it_was_drafted_or_not_at_all(bench):
+    bench.release("drafted")
+    [made] = bench.typed("rollout", "start", "drafted@1", "--draft", "--why", "a plan", "--by", "ada")
+    code, _, err = bench.tried("rollout", "start", made["rollout"], "--stages", "5%", "--why", "more carefully")
+    assert (code, "leave the options out" in err) == (2, True), err
+    assert bench.state(made["rollout"])["state"] == "draft"
+    [begun] = bench.typed("rollout", "start", made["rollout"], "--why", "now", "--by", "ada")
+    assert begun["state"] == "running"
