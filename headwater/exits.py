@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 from contract.errors import ConfigurationError, HeadwaterError, Rejected, TemporaryError
-from lake.errors import QueryError
+from lake.errors import QueryError, UnknownNameError
 
 
 class Exit(IntEnum):
@@ -16,7 +16,8 @@ class Exit(IntEnum):
     """A check failed: rows lost or doubled, a finding of `doctor`; or something went wrong that neither waiting nor
     another configuration mends."""
     USAGE = 2
-    """The command line, a setting or a query is wrong, or something is not installed: change it before trying again."""
+    """The command line, a setting or a query is wrong, names what does not exist, or something is not installed: change
+    it before trying again."""
     UNAVAILABLE = 3
     """Something outside did not answer: try again later."""
     INTERRUPTED = 130
@@ -25,7 +26,7 @@ class Exit(IntEnum):
 
 def exit_of(error: HeadwaterError) -> Exit:
     """The exit status of an error."""
-    if isinstance(error, ConfigurationError | Rejected | QueryError):
+    if isinstance(error, ConfigurationError | Rejected | QueryError | UnknownNameError):
         return Exit.USAGE
     if isinstance(error, TemporaryError):
         return Exit.UNAVAILABLE

@@ -31,6 +31,9 @@ Ctrl-C with `"cut":true`.
 | 3 | something outside did not answer: try again later |
 | 130 | interrupted before there was a result |
 
+In every command 2 is also the answer to a name that does not exist: a stream, a model, a release, a rollout, a device,
+a file. A list that is narrowed to nothing is an empty list, and 0.
+
 | variable | meaning |
 |---|---|
 | `HEADWATER_DATA` | the data folder where `--data` is not given; else `./headwater-data` |
@@ -78,7 +81,7 @@ def _form(option: Any) -> str:
 def _default(option: Any) -> str:
     if option.required:
         return " Required."
-    if option.is_flag or option.default is None:
+    if option.is_flag or option.default in (None, ""):
         return ""
     default = getattr(option.default, "value", option.default)
     return f" Default: `{f'{default:g}' if isinstance(default, float) else default}`."

@@ -22,6 +22,11 @@ class ObjectMissingError(HeadwaterError):
     """An object or a table that was asked for is not in the lake."""
 
 
+class UnknownNameError(HeadwaterError):
+    """A stream, a release, a rollout … was asked for by a name that the lake does not have. Ask for another: the
+    message says where those there are can be seen."""
+
+
 class CorruptLakeError(HeadwaterError):
     """What stands in the lake contradicts itself. Give up: a person must look at it; the message names the object."""
 
@@ -34,5 +39,5 @@ class NoSuchVersionError(QueryError):
     """A question is about a version that its table never had."""
 
 
-class UnknownStreamError(QueryError):
+class UnknownStreamError(QueryError, UnknownNameError):
     """A question names a stream that the lake does not have."""

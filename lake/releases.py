@@ -31,7 +31,7 @@ from contract.models import (
     check_manifest,
     manifest_object,
 )
-from lake.errors import CommitConflictError, CorruptLakeError, ObjectMissingError
+from lake.errors import CommitConflictError, CorruptLakeError, ObjectMissingError, UnknownNameError
 from lake.store import Store
 from lake.tables import ControlTable
 
@@ -85,6 +85,10 @@ _ALLOWED = {
 
 class ReleaseRefused(HeadwaterError):
     """What was asked for does not fit the release as it is; the message says why, and what to do."""
+
+
+class UnknownReleaseError(ReleaseRefused, UnknownNameError):
+    """There is no such release."""
 
 
 class ReleaseEvent(NamedTuple):
@@ -152,17 +156,19 @@ class ReleaseBook(msgspec.Struct, frozen=True):
             version: its number; None for the newest that is approved.
 
         Raises:
-            ReleaseRefused: there is none.
+            UnknownReleaseError: there is none.
         """
         if version is not None:
             found = self.releases.get((model, version))
             if found is not None:
                 return found
-            raise ReleaseRefused(f"there is no release {model}@{version}; `headwater release list` shows what there is")
+            raise UnknownReleaseError(
+                f"there is no release {model}@{version}; `headwater release list` shows what there is"
+            )
         for release in self.of_model(model):
             if release.state is ReleaseState.APPROVED:
                 return release
-        raise ReleaseRefused(
+        raise UnknownReleaseError(
             f"model {model[:80]!r} has no approved release; `headwater release list` shows what there is"
         )
 

@@ -19,6 +19,7 @@ import msgspec
 import pyarrow as pa
 
 from contract.errors import HeadwaterError
+from lake.errors import UnknownNameError
 from lake.ledger import TIMESTAMP, Ledger, Row, Table
 from lake.rollout_spec import Spec
 
@@ -120,6 +121,10 @@ class RolloutRefused(HeadwaterError):
         self.code = code
 
 
+class UnknownRolloutError(RolloutRefused, UnknownNameError):
+    """There is no rollout of that name."""
+
+
 class RolloutEvent(NamedTuple):
     """One row. `sequence` and `place` are given at the commit."""
 
@@ -202,11 +207,11 @@ class RolloutBook(msgspec.Struct, frozen=True):
         """A rollout.
 
         Raises:
-            RolloutRefused: there is none of that name.
+            UnknownRolloutError: there is none of that name.
         """
         found = self.rollouts.get(name)
         if found is None:
-            raise RolloutRefused(
+            raise UnknownRolloutError(
                 "unknown_rollout", f"there is no rollout {name[:80]!r}; `headwater rollout status` lists them"
             )
         return found

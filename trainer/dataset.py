@@ -13,7 +13,7 @@ import pyarrow as pa
 from lake.columns import DEVICE
 from lake.query import Lake, Pins
 from lake.raw import table_path
-from trainer.errors import DataError, RecipeError
+from trainer.errors import DataError, NoSuchStreamError, RecipeError
 from trainer.labels import LabelBook, labels_query, read_labels
 from trainer.profile import DeviceProfile, FieldProfile, Profile, device_figures, field_profiles
 from trainer.recipe import Recipe, SplitRule
@@ -31,7 +31,7 @@ def pins(context: StepContext) -> dict[str, int]:
     """The version of every table that the recipe reads: the latest, but of the stream that which the recipe names.
 
     Raises:
-        DataError: the stream is not in the lake.
+        NoSuchStreamError: the stream is not in the lake.
         QueryError, StoreUnavailableError: as `Lake.versions`.
     """
     recipe, lake = context.recipe, context.lake
@@ -42,7 +42,7 @@ def pins(context: StepContext) -> dict[str, int]:
     if stream not in found:
         found |= lake.versions(f'SELECT 1 FROM "{stream}"')
     if stream not in found:
-        raise DataError(
+        raise NoSuchStreamError(
             f"there is no stream {recipe.data.stream!r} in {context.store.url}; let a device send it, or mend [data] "
             "stream (see: headwater lake streams)"
         )

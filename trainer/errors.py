@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contract.errors import ConfigurationError, HeadwaterError
+from lake.errors import UnknownNameError
 
 
 class RecipeError(ConfigurationError):
@@ -16,6 +17,10 @@ class StepNotReadyError(ConfigurationError):
 class DataError(HeadwaterError):
     """The data does not allow the step: none, too much, of one class only, not labelled. The message says what to do
     about it; the same rows give the same answer."""
+
+
+class NoSuchStreamError(DataError, UnknownNameError):
+    """The stream that a recipe or a release names is not in the lake. Name another, or let a device send it."""
 
 
 class ChecksFailedError(DataError):

@@ -35,7 +35,7 @@ from lake.raw import table_path
 from lake.scoring import Float32s, Scorer, Scores
 from lake.store import Store
 from lake.types import STORED_TIMESTAMP
-from trainer.errors import DataError
+from trainer.errors import DataError, NoSuchStreamError
 from trainer.lanes import Cuts, LaneCutter, LaneRows
 from trainer.progress import NOBODY, Progress
 from trainer.rows import as_float32
@@ -118,7 +118,8 @@ def predict(
         progress: told the rows that are done, of those that were not.
 
     Raises:
-        DataError: the stream is not there, or lacks a field of the model.
+        NoSuchStreamError: the stream is not there.
+        DataError: it lacks a field of the model.
         ModelError: the model failed, or took too long.
         CommitConflictError: another run scores the same release over the same stream; nothing is lost.
         QueryError, StoreUnavailableError: as `Lake.read`; what was committed stays, run it again.
@@ -229,7 +230,7 @@ class _Run:
         """The version of the stream that this run reads, if it has what the model eats."""
         pins = self.lake.versions(f"SELECT 1 FROM {identifier(self.path)}")
         if self.path not in pins:
-            raise DataError(
+            raise NoSuchStreamError(
                 f"there is no stream {self.stream!r} in {store.url}; name another with --stream (see: headwater lake "
                 "streams)"
             )

@@ -86,7 +86,7 @@ def rotate(
         from lake.trust import rotation
         from lake.trust.repository import TrustRepository
 
-        repository = TrustRepository(store, anchor=_anchor(folder))
+        repository = _anchored(folder, store)
         roots = folder.read_roots()
         new = folder.make(f"{role}.next")
         old = None if stolen else folder.read_if_any(role)
@@ -106,9 +106,8 @@ def renew(lake: Lake = None, data: Data = None, keys: Keys = None, json: Json = 
     """Sign root and targets again with the same keys, for a new year; those whose key is here."""
     with _opened(lake, data, keys) as (folder, store):
         from lake.trust import rotation
-        from lake.trust.repository import TrustRepository
 
-        repository = TrustRepository(store, anchor=_anchor(folder))
+        repository = _anchored(folder, store)
         if not (folder.has("root") or folder.has("targets")):
             raise ConfigurationError(f"{folder.path} has no root.pem or targets.pem; name their folder with --keys")
         if folder.has("root"):
@@ -132,14 +131,20 @@ def _opened(lake: str | None, data: str | None, keys: str | None) -> Iterator[tu
         yield find_keys(keys, data, lake, os.environ), store
 
 
-def _anchor(folder: KeyFolder) -> bytes:
+def _anchored(folder: KeyFolder, store: Store) -> TrustRepository:
+    """The lake's repository, as the trust anchor beside the keys vouches for it."""
+    from lake.trust.repository import TrustRepository
+
     anchor = folder.anchor()
+    repository = TrustRepository(store, anchor=anchor)
+    # Before anything is made: a lake that has no keys yet needs other help than a folder that lacks its anchor.
+    repository.published()
     if anchor is None:
         raise ConfigurationError(
             f"{folder.anchor_path} is not there, and without the trust anchor a stranger's repository could be signed; "
             "copy it there from where `headwater keys init` wrote it"
         )
-    return anchor
+    return repository
 
 
 def _approved(store: Store) -> list[str]:

@@ -48,6 +48,7 @@ def list_(
         from headwater.release_view import line
         from lake.lineage import releases_from
         from lake.query import Lake as OpenLake
+        from lake.releases import UnknownReleaseError
 
         book = releases.look()
         found = list(book.releases.values())
@@ -58,6 +59,10 @@ def list_(
             finally:
                 if opened is not None:
                     opened.close()
+        if model is not None and not book.of_model(model):
+            raise UnknownReleaseError(
+                f"there is no release of a model {model[:80]!r}; `headwater release list` shows what there is"
+            )
         found = [release for release in found if model in (None, release.model)]
         found.sort(key=lambda release: (release.model, -release.version))
         lines = [line(release) for release in found]

@@ -35,7 +35,8 @@ from headwater.commands import (
 from headwater.exits import Exit, exit_of
 
 EPILOG = (
-    "Exit status: 0 well; 1 a check failed, or rows are lost; 2 the command line, a setting or a query is wrong; "
+    "Exit status: 0 well; 1 a check failed, or rows are lost; 2 the command line, a setting or a query is wrong, or "
+    "names what does not exist; "
     "3 something outside did not answer, try again later; 130 interrupted."
 )
 

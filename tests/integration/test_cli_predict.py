@@ -55,13 +55,13 @@ def test_a_history_is_scored_and_read_back(store):
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (("nothing",), 1, "release list"),
-        (("draft",), 1, "no approved release"),
-        (("shaker@9",), 1, "release list"),
+        (("nothing",), 2, "release list"),
+        (("draft",), 2, "no approved release"),
+        (("shaker@9",), 2, "release list"),
         (("shaker", "--since", "yesterday"), 2, "--since 'yesterday'"),
         (("shaker", "--since", "2026-01-02T00:00:00", "--until", "2026-01-01T00:00:00"), 2, "is not before --until"),
-        (("shaker", "--stream", "other"), 1, "lake streams"),
-        (("deaf",), 1, "no stream 'nowhere'"),
+        (("shaker", "--stream", "other"), 2, "lake streams"),
+        (("deaf",), 2, "no stream 'nowhere'"),
     ],
 )
 def test_what_cannot_be_scored_is_one_line_with_a_remedy(store, arguments, status, said):

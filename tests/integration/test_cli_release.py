@@ -77,7 +77,7 @@ def test_a_release_from_draft_to_retirement(shell: Shell) -> None:
         (1, "draft"),
     ]
     assert shell("release", "list", "--stream", "watch", "--since", "8", keys=False) == []
-    assert "approved" in shell("release", "show", MODEL, keys=False, status=1)
+    assert "approved" in shell("release", "show", MODEL, keys=False, status=2)
     answer = shell("release", "approve", f"{MODEL}@2", "--by", "bob", "--why", "better")
     assert answer == {"model": MODEL, "version": 2, "state": "approved", "published": True}
     shown = shell("release", "show", MODEL, keys=False)
@@ -124,11 +124,43 @@ def test_encrypted_keys_ask_for_their_passphrase(shell: Shell, monkeypatch: pyte
         (("keys", "init", "--root-keys", "0"), "--root-keys 0"),
         (("keys", "init", "--root-keys", "2", "--root-threshold", "3"), "threshold 3"),
         (("keys", "show"), "keys init"),
-        (("keys", "rotate", "online"), "root.json"),
     ],
 )
 def test_what_is_asked_wrongly_is_told_with_its_remedy(shell: Shell, words: tuple[str, ...], said: str) -> None:
     assert said in shell(*words, status=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("release", "list", "nothing"), "no release of a model 'nothing'"),
+        (("release", "show", "nothing"), "release list"),
+        (("release", "diff", "nothing@1", "nothing@2"), "release list"),
+        (("release", "approve", "nothing@1"), "release list"),
+        (("release", "retire", "nothing@1"), "release list"),
+        (("rollout", "start", "nothing"), "release list"),
+        (("rollout", "status", "nothing"), "rollout status"),
+        (("rollout", "history", "nothing"), "rollout status"),
+        (("rollout", "pause", "nothing", "--why", "x"), "rollout status"),
+        (("rollout", "rollback", "nothing", "--why", "x"), "rollout status"),
+    ],
+)
+def test_a_name_that_is_not_there_is_a_wrong_command_line(shell: Shell, words: tuple[str, ...], said: str) -> None:
+    """Mutants tried: the exit status of a release and of a rollout that refuse."""
+    assert said in shell(*words, keys=False, status=2)
+
+
+def test_a_lake_without_keys_and_a_folder_without_its_anchor_are_told_apart(shell: Shell) -> None:
+    """Mutants tried: the anchor asked for first, as it was."""
+    for words in (("keys", "show"), ("keys", "rotate", "online"), ("keys", "renew")):
+        said = shell(*words, status=2)
+        assert said == f"error: lake {shell.lake} has no keys for models yet; make them with: headwater keys init\n"
+    assert not shell.keys.exists()
+    shell("keys", "init")
+    (shell.keys / "root.json").unlink()
+    for words in (("keys", "rotate", "online"), ("keys", "renew")):
+        assert "root.json is not there" in shell(*words, status=2)
+    assert sorted(path.name for path in shell.keys.iterdir()) == ["online.pem", "root.pem", "targets.pem"]
 
 
 def test_narrowing_by_device_needs_a_stream(shell: Shell) -> None:
