@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from headwater import extras
 from headwater.checks.broker import BrokerLogin, check_broker
 from headwater.checks.findings import Finding, Verdict, failed, skipped
 from headwater.checks.host import check_host
-from headwater.place import BROKER_VARIABLE, LAKE_VARIABLE, data_folder, read_record
+from headwater.checks.stack import check_stack
+from headwater.place import BROKER_VARIABLE, LAKE_VARIABLE, data_folder, data_option, read_record
 from headwater.stack.folder import is_held
 
 
@@ -25,28 +25,32 @@ def examine(
     ca_file: str | None,
     environment: Mapping[str, str],
 ) -> list[Finding]:
-    """Everything that can be looked at from here.
-
-    Raises:
-        ConfigurationError: the record of the data folder cannot be read.
-    """
+    """Everything that can be looked at from here."""
     folder = data_folder(data, environment)
-    record = read_record(folder)
     findings = check_host(folder)
+    record, lacks = None, f"{folder} holds no stack"
+    try:
+        record = read_record(folder)
+    except ConfigurationError as error:
+        findings.append(failed("stack.record", str(error), f"start it once more: headwater up{data_option(folder)}"))
+        lacks = f"what {folder} holds cannot be read"
     named = broker or environment.get(BROKER_VARIABLE)
     url = named or (record.broker if record else None)
     if url is None:
-        findings.append(skipped("broker", f"no --broker was given, and {folder} holds no stack"))
+        findings.append(skipped("broker", f"no --broker was given, and {lacks}"))
     else:
         login = BrokerLogin(url=url, username=username, password_file=password_file, ca_file=ca_file)
         own = record is not None and not named and record.broker_kind != "external"
         findings += check_broker(login, _remedy(folder, "broker") if own else "")
     if not (lake or environment.get(LAKE_VARIABLE) or record):
-        findings.append(skipped("store", f"no --lake was given, and {folder} holds no stack"))
+        findings.append(skipped("store", f"no --lake was given, and {lacks}"))
     elif extras.missing("gateway"):
         findings.append(skipped("store", "not looked at; for it run: pip install 'headwater[gateway]'"))
     else:
         findings += _store(lake, data, environment)
+    elsewhere = named or lake or environment.get(LAKE_VARIABLE)
+    if record is not None and not elsewhere and is_held(folder):
+        findings += check_stack(record)
     return findings
 
 
@@ -68,7 +72,7 @@ def _remedy(folder: Path, server: str) -> str:
     """What to do where a server of a stack does not answer."""
     if is_held(folder):
         return f"see why it does not answer: {folder}/logs/{server}.log; the stack over {folder} is running"
-    return f"the stack over {folder} is stopped; start it: headwater up --data {shlex.quote(str(folder))}"
+    return f"the stack over {folder} is stopped; start it: headwater up{data_option(folder)}"
 
 
 def verdict_of(findings: Sequence[Finding]) -> Verdict:

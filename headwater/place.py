@@ -10,6 +10,7 @@ the others need no address on the machine where `headwater up` runs:
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -62,6 +63,11 @@ class StackRecord(msgspec.Struct, frozen=True, kw_only=True):
 def data_folder(option: str | None, environment: Mapping[str, str]) -> Path:
     """The data folder: absolute, not yet made."""
     return Path(option or environment.get(DATA_VARIABLE) or DATA_DEFAULT).expanduser().absolute()
+
+
+def data_option(folder: Path) -> str:
+    """What to add to a command that shall find this folder from here, for a shell; nothing where it is the default."""
+    return "" if folder == data_folder(None, {}) else f" --data {shlex.quote(str(folder))}"
 
 
 def record_path(folder: Path) -> Path:

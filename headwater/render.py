@@ -10,6 +10,7 @@ from pathlib import Path
 
 from headwater import output
 from headwater.ledger import Totals, quantile_s
+from headwater.place import data_option
 from headwater.result import DemoResult
 
 PLAIN_S = 10.0
@@ -123,7 +124,7 @@ def result(found: DemoResult, data: Path) -> None:
     _models(found)
     output.say()
     if found.exactly_once:
-        output.say(f"Every reading is in the lake exactly once. Ask it more: headwater lake streams --data {data}")
+        output.say(f"Every reading is in the lake exactly once. Ask it more: headwater lake streams{data_option(data)}")
 
 
 def _models(found: DemoResult) -> None:

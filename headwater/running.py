@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from headwater import output
-from headwater.place import StackRecord
-from headwater.plan import UpOptions
+from headwater.answers import quoted
+from headwater.place import StackRecord, data_option
+from headwater.plan import SYNTHETIC, WATCH, UpOptions, stream_name
 from headwater.signals import stopping
 from headwater.stack.folder import DataFolder
 from headwater.stack.supervisor import Supervisor
@@ -44,7 +47,9 @@ def introduce(options: UpOptions, record: StackRecord, notes: list[str]) -> None
     lake = record.lake.url + (f" at {record.lake.endpoint}" if record.lake.endpoint else "")
     names = [device.name for device in record.devices]
     listed = ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]} … {names[-1]}"
-    data = "" if str(options.data).endswith("headwater-data") else f" --data {options.data}"
+    data = data_option(options.data)
+    example = _example(options)
+    query = shlex.quote(f"SELECT _device, count(*) FROM {quoted(example)} GROUP BY ALL")
     output.say(f"Headwater is up, over {options.data}")
     output.say_pairs(
         {
@@ -59,8 +64,8 @@ def introduce(options: UpOptions, record: StackRecord, notes: list[str]) -> None
         output.say(f"  note: {note}")
     output.say("Ask, in another terminal:")
     output.say(f"  headwater lake streams{data}")
-    output.say(f"  headwater lake head {_example(options)}{data}")
-    output.say(f'  headwater lake sql "SELECT _device, count(*) FROM {_example(options)} GROUP BY ALL"{data}')
+    output.say(f"  headwater lake head {example}{data}")
+    output.say(f"  headwater lake sql {query}{data}")
     output.say(f"  headwater agent status --device {names[0]}{data}")
     ending = "Ctrl-C stops" if options.seconds is None else f"It stops after {options.seconds:g} s, or at Ctrl-C"
     output.say(f"{ending}: first the devices, which send what they hold, then the rest.")
@@ -74,11 +79,6 @@ def sayer(*, json: bool) -> Callable[[str], None]:
 
 
 def _example(options: UpOptions) -> str:
-    from headwater.plan import SYNTHETIC, WATCH, stream_name
-
+    """A stream that will have rows."""
     known = {WATCH: "watch", SYNTHETIC: "machine"}
-    if options.recordings in known:
-        return known[options.recordings]
-    from pathlib import Path
-
-    return f'"{stream_name(Path(options.recordings))}"'
+    return known.get(options.recordings) or stream_name(Path(options.recordings))

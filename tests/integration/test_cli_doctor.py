@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import msgspec
@@ -19,8 +21,8 @@ from headwater.place import LakePlace, StackRecord, record_path
 from headwater.stack.broker import MosquittoSettings
 from headwater.stack.folder import DataFolder
 from lake.store import StoreSettings
-from tests.integration.servers import BrokerServer, MqttClient, Servers, StoreServer, free_port
-from tests.integration.stacks import headwater
+from tests.integration.servers import BrokerServer, MqttClient, Servers, StoreServer, free_port, wait_until
+from tests.integration.stacks import Running, headwater
 
 
 def verdicts(findings: list[Finding]) -> dict[str, Verdict]:
@@ -113,6 +115,61 @@ def test_a_stopped_stack_is_told_to_be_started(tmp_path: Path) -> None:
         found = remedies()
     assert f"{tmp_path}/logs/broker.log" in found["broker.connect"]
     assert f"{tmp_path}/logs/store.log" in found["store.put_get"]
+
+
+@pytest.mark.timeout(200)
+def test_a_running_stack_of_which_parts_hang_is_told_by_part_and_log(tmp_path: Path, mosquitto: BrokerServer) -> None:
+    """Mutants tried: the devices not asked; a reading that fails taken for one that is well."""
+    data = tmp_path / "data"
+    broken = tmp_path / "pump.csv"
+    broken.write_text("ts,pressure\n2026-01-01T00:00:00,1\n2026-01-01T00:00:01,2\n")
+    options = ("--devices", "2", "--recordings", str(broken), "--no-models", "--lake", f"file://{tmp_path}/lake")
+    with Running(data, "up", *options, "--broker", mosquitto.url) as running:
+        running.up()
+
+        def findings() -> dict[str, dict[str, str]]:
+            report = json.loads(headwater("doctor", "--data", str(data), "--json").stdout)
+            return {one["check"]: one for one in report["findings"] if one["check"].startswith("stack.")}
+
+        def well() -> bool:
+            return {one["verdict"] for one in findings().values()} == {"ok"}
+
+        wait_until(well, 30.0, "both devices are connected")
+        assert findings()["stack.devices"]["detail"] == "all 2 answer, measure and are connected"
+        gateway, device = running.child("gateway.toml"), running.child("replay-002/agent.toml")
+        os.kill(gateway, signal.SIGSTOP)
+        os.kill(device, signal.SIGSTOP)
+        found = findings()
+        assert {name: one["verdict"] for name, one in found.items()} == {
+            "stack.gateway": "failed",
+            "stack.devices": "failed",
+        }
+        assert f"{data}/logs/gateway.log" in found["stack.gateway"]["remedy"]
+        assert found["stack.devices"]["detail"] == "no answer from replay-002"
+        assert found["stack.devices"]["remedy"] == f"see why: {data}/logs/replay-002.log"
+        os.kill(gateway, signal.SIGCONT)
+        os.kill(device, signal.SIGCONT)
+        # The recording is played in a loop: at its next beginning it is no recording any more.
+        broken.write_text("ts,pressure\nsoon,1\n")
+
+        def stuck() -> bool:
+            return "pressure" not in findings()["stack.devices"]["detail"] and "soon" in str(findings())
+
+        wait_until(stuck, 30.0, "the devices cannot read it any more")
+        assert findings()["stack.devices"]["verdict"] == "failed"
+        running.interrupt()
+
+
+def test_a_damaged_record_is_a_finding_and_hides_nothing(tmp_path: Path) -> None:
+    """Mutants tried: the error raised, as it was."""
+    record_path(tmp_path).write_text("{")
+    done = headwater("doctor", "--data", str(tmp_path), "--json")
+    found = {one["check"]: one for one in json.loads(done.stdout)["findings"]}
+    assert (done.returncode, found["stack.record"]["verdict"]) == (1, "failed")
+    assert found["stack.record"]["remedy"] == f"start it once more: headwater up --data {tmp_path}"
+    assert (found["broker"]["verdict"], found["store"]["verdict"]) == ("skipped", "skipped")
+    assert "cannot be read" in found["store"]["detail"]
+    assert found["host.python"]["verdict"] == "ok"
 
 
 def test_nothing_to_look_at_is_said_and_is_no_failure(tmp_path: Path) -> None:
