@@ -88,7 +88,9 @@ def plan_devices(options: UpOptions, recordings: Path) -> list[DevicePlan]:
         return [_watch_device(name, number, options, recordings) for number, name in _watch_names(options.devices)]
     if options.recordings == SYNTHETIC:
         return [_synthetic_device(number, options.speed) for number in range(1, options.devices + 1)]
-    return [_file_device(number, options) for number in range(1, options.devices + 1)]
+    path = Path(options.recordings).expanduser().absolute()
+    replayed = replay_options(path, float(options.speed))
+    return [_file_device(number, path, replayed) for number in range(1, options.devices + 1)]
 
 
 def _watch_names(count: int) -> list[tuple[int, str]]:
@@ -140,27 +142,36 @@ def _synthetic_device(number: int, speed: float) -> DevicePlan:
     )
 
 
-def _file_device(number: int, options: UpOptions) -> DevicePlan:
-    path = Path(options.recordings).expanduser().absolute()
-    name = stream_name(path)
+def _file_device(number: int, path: Path, replayed: Mapping[str, Any]) -> DevicePlan:
     return DevicePlan(
         name=f"replay-{number:03}",
         recording=str(path),
         streams={
-            name: {
+            stream_name(path): {
                 "driver": "replay",
                 "sampling": {"mode": "stream"},
                 "max_batch_rows": 500,
                 "max_batch_age_s": 1.0,
-                "options": {
-                    "path": str(path),
-                    "time_column": find_time_column(path),
-                    "loop": True,
-                    "speed": float(options.speed),
-                },
+                "options": replayed,
             }
         },
     )
+
+
+def replay_options(path: Path, speed: float) -> dict[str, Any]:
+    """How a file of the user's is replayed, again and again.
+
+    Raises:
+        ConfigurationError: it cannot be, as far as its first rows show.
+    """
+    from headwater.file_check import FileRefused, check_file
+
+    options = {"path": str(path), "time_column": find_time_column(path), "loop": True, "speed": speed}
+    try:
+        check_file(options)
+    except FileRefused as error:
+        raise ConfigurationError(f"--recordings: {error}. These options are of: headwater simulate replay") from error
+    return options
 
 
 def stream_name(path: Path) -> str:
@@ -176,23 +187,13 @@ def find_time_column(path: Path) -> str:
     """The column of a file that tells the time: one of the usual names, else the first of a timestamp type.
 
     Raises:
-        ConfigurationError: none does; the message lists the columns.
+        ConfigurationError: it cannot be read, or none does; the message lists the columns.
     """
     import pyarrow as pa
-    import pyarrow.csv as pacsv
-    import pyarrow.parquet as pq
 
-    try:
-        if path.suffix in (".parquet", ".pq"):
-            schema = pq.read_schema(path)
-        else:
-            with pacsv.open_csv(path) as reader:
-                schema = reader.schema
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigurationError(
-            f"{path} is neither CSV with a header line nor Parquet ({str(error)[:200]}); for other forms use: "
-            "headwater simulate replay"
-        ) from error
+    from headwater.file_check import schema_of
+
+    schema = schema_of(path)
     folded: dict[str, str] = {name.lower(): name for name in schema.names}
     for usual in TIME_COLUMNS:
         if usual in folded:
@@ -202,7 +203,7 @@ def find_time_column(path: Path) -> str:
             return str(field.name)
     raise ConfigurationError(
         f"{path} has no column that looks like a time among {', '.join(schema.names)}; name it with: "
-        "headwater simulate replay FILE --time-column …"
+        "headwater simulate replay FILE --time-column …, and if these look like one column also --delimiter …"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import threading
 from collections.abc import Mapping
@@ -11,17 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import pyarrow as pa
 
 from contract.errors import ConfigurationError, HeadwaterError, TemporaryError
 from edge_agent.app import run_agent
 from edge_agent.sampling.status import State
-from edge_agent.sensors.recording import FileOptions, Recording
-from edge_agent.sensors.registry import create_sensor
 from edge_agent.settings import parse_settings
 from edge_agent.status import fetch_status
-from headwater import output
 from headwater.exits import Exit
+from headwater.file_check import FileRefused, check_file
 
 LOOK_S = 0.2
 
@@ -58,10 +54,6 @@ class ReplayResult(msgspec.Struct, frozen=True, kw_only=True):
     """Readings that did not reach the buffer, for lack of room or because they break a rule."""
 
 
-class ReplayFailed(ConfigurationError):
-    """The file is not as described."""
-
-
 def replay_config(options: ReplayOptions) -> dict[str, Any]:
     """The configuration of the agent that replays."""
     return {
@@ -96,13 +88,13 @@ def run_replay(options: ReplayOptions) -> ReplayResult:
     """Replay a file to its end; from the main thread.
 
     Raises:
-        ReplayFailed: the file is not as described.
+        FileRefused: the file is not as described.
         ConfigurationError: an option cannot be.
         TemporaryError: the agent died, or its disk refused.
     """
     config = replay_config(options)
     settings = parse_settings(config, source="headwater simulate replay", folder=options.folder)
-    _check_file(config["streams"][options.stream]["options"])
+    check_file(config["streams"][options.stream]["options"])
     try:
         options.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -117,7 +109,7 @@ def run_replay(options: ReplayOptions) -> ReplayResult:
         thread.join()
     if watcher.failed:
         accepted = watcher.seen["accepted_rows"]
-        raise ReplayFailed(
+        raise FileRefused(
             f"{options.path} cannot be read further after {accepted:,} rows (the line above says why); mend the file, "
             "or describe it better with --fields, --time-format, --delimiter, --decimal-point"
         )
@@ -131,56 +123,6 @@ def run_replay(options: ReplayOptions) -> ReplayResult:
         rows_waiting=seen.get("waiting_rows", 0),
         rows_dropped=seen.get("dropped_rows", 0) + seen.get("refused_rows", 0) + seen.get("overruns", 0),
     )
-
-
-def _check_file(driver: Mapping[str, Any]) -> None:
-    """Refuse, before an agent is started, what the driver would refuse at its first rows.
-
-    Raises:
-        ReplayFailed: in words of the command.
-    """
-    file = {name: driver[name] for name in _OF_THE_FILE}
-    try:
-        create_sensor("replay", driver)
-        recording = Recording(FileOptions(**file))
-        try:
-            piece = next(recording.pieces(), None)
-            if piece is not None and (found := comma_numbers(piece.rows)):
-                output.complain(
-                    f"note: {', '.join(found)} will be text, and look like numbers with a comma; for numbers: "
-                    "--decimal-point ,"
-                )
-        finally:
-            recording.close()
-    except ConfigurationError as error:
-        raise ReplayFailed(in_words_of_the_command(str(error))) from error
-
-
-def comma_numbers(rows: pa.RecordBatch) -> list[str]:
-    """Text columns whose first values all look like numbers with a decimal comma."""
-    found = []
-    for name, column in zip(rows.schema.names, rows.columns, strict=True):
-        if pa.types.is_string(column.type):
-            values = [value for value in column.slice(0, _LOOKED_AT_ROWS).to_pylist() if value]
-            if values and all(_COMMA_NUMBER.fullmatch(value) for value in values):
-                found.append(name)
-    return found
-
-
-_OF_THE_FILE = ("path", "time_column", "fields", "delimiter", "decimal_point", "time_format")
-_LOOKED_AT_ROWS = 100
-_COMMA_NUMBER = re.compile(r"\s*[-+]?(\d+,\d+|\d+)([eE][-+]?\d+)?\s*", re.ASCII)
-_TYPES = "or declare the type of that column in fields"
-_TYPED = re.compile(r"'[^']*'|\b(time_column|time_format|keep_timestamps|fields|delimiter|decimal_point|speed|loop)\b")
-_ELSEWHERE = re.compile(r"\b(skip_rows|rate_hz|start_s)\b")
-
-
-def in_words_of_the_command(message: str) -> str:
-    """A message of the driver `replay` with the options of `headwater simulate replay`; what is quoted stays."""
-    text = re.sub(r"^driver 'replay'[:,] ", "", message).replace("option 'path' = ", "FILE ")
-    text = text.replace(_TYPES, "or leave that column out with fields")
-    text = _TYPED.sub(lambda found: f"--{found[1].replace('_', '-')}" if found[1] else found[0], text)
-    return f"{text} (an agent.toml with driver replay has more options)" if _ELSEWHERE.search(text) else text
 
 
 class _Watcher:

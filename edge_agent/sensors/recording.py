@@ -28,7 +28,8 @@ _BATCH_ROWS = 8192
 _NUMBER_FORMATS = {"s": 1_000_000.0, "ms": 1_000.0, "us": 1.0, "ns": 0.001}
 _ZONE = r"(Z|z|[+-]\d\d(:?\d\d)?)$"
 """What follows the date of a time that carries a zone."""
-_CONVERT = "convert the file, for example: iconv -f LATIN1 -t UTF-8 OLD > NEW"
+CONVERT = "convert the file, for example: iconv -f LATIN1 -t UTF-8 OLD > NEW"
+"""The remedy for text that is not UTF-8."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _COMPRESSIONS = (".gz", ".zst", ".bz2")
 
@@ -132,7 +133,7 @@ class Recording:
             try:
                 (value or b"").decode()
             except UnicodeDecodeError as error:
-                raise self._bad(f"row {row}, column {name!r}: {value!r:.80} is not UTF-8; {_CONVERT}") from error
+                raise self._bad(f"row {row}, column {name!r}: {value!r:.80} is not UTF-8; {CONVERT}") from error
 
     def close(self) -> None:
         """Let go of the file."""
@@ -245,7 +246,7 @@ class Recording:
         except KeyError as error:
             raise self._bad(f"{str(error).strip(chr(34))[:200]}; check fields, columns and delimiter") from error
         except UnicodeDecodeError as error:
-            raise self._bad(f"its header is not UTF-8 ({error.object!r:.80}); {_CONVERT}") from error
+            raise self._bad(f"its header is not UTF-8 ({error.object!r:.80}); {CONVERT}") from error
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
             said = str(error).splitlines()[0][:300]
             raise self._bad(f"{said}; {_remedy(said)}") from error
@@ -351,7 +352,7 @@ def _remedy(said: str) -> str:
     if "Expected" in said and "columns, got" in said:
         return "mend that line, or check delimiter, columns and skip_rows"
     if "UTF8" in said or "utf8" in said.lower():
-        return _CONVERT
+        return CONVERT
     if "conversion error" in said:
         return "mend that value, or declare the type of that column in fields"
     return "give a file that is whole, and check format and delimiter"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 import tomllib
 from pathlib import Path
@@ -110,6 +111,51 @@ def test_a_file_without_a_time_names_its_columns(tmp_path: Path) -> None:
     broken.write_bytes(b"nothing")
     with pytest.raises(ConfigurationError, match="neither CSV"):
         plan.find_time_column(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.csv", b"ts;a\n2026-01-01;1\n", ("among ts;a", "--delimiter")),
+        ("x.csv", b"ts,a\n1700000000,1\n", ("row 1", "'1700000000'", "--time-format", "simulate replay")),
+        ("x.csv", b"ts,a\n2026-01-01,1\nsoon,2\n", ("row 2", "'soon'")),
+        ("x.csv", b"ts,a\n2026-01-01,1\n,2\n", ("row 2 has no time",)),
+        ("x.csv", b"ts,a\n", ("holds no rows",)),
+        ("x.csv", b"", ("Empty CSV file",)),
+        ("x.csv", b"ts\n2026-01-01\n", ("no column beside the time",)),
+        ("x.csv", b"ts,a,a\n2026-01-01,1,2\n", ("'a' and 'a'",)),
+        ("x.csv", b"ts,gr\xf6\xdfe\n2026-01-01,1\n", ("not UTF-8", "iconv")),
+        ("x.csv", b"ts,a\n2026-01-01T00:00:00Z,1\n2026-01-01T00:00:00,1\n", ("row 2", "no zone")),
+        ("x.parquet", b"PAR1", ("neither CSV",)),
+    ],
+)
+def test_a_file_that_devices_could_not_replay_is_refused_before_anything_starts(
+    name: str, content: bytes, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Mutants tried: the file not looked at by `plan_devices` (each device would fail by itself, seen by nobody)."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError) as error:
+        plan.plan_devices(UpOptions(data=tmp_path, recordings=str(path)), tmp_path)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "driver" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.csv", b"\xef\xbb\xbfts,a\n2026-01-01,1\n"),
+        ("X.TSV", b"ts\ta\n2026-01-01\t1\n"),
+        ("x.csv.gz", gzip.compress(b"ts,a\n2026-01-01,1\n")),
+        ("x.csv", b"ts,a\r\n2026-01-01,NaN\r\n2026-01-01,\r\n"),
+    ],
+)
+def test_a_file_is_taken_as_the_driver_takes_it(name: str, content: bytes, tmp_path: Path) -> None:
+    """Mutants tried: a comma for every file."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    (device,) = plan.plan_devices(UpOptions(data=tmp_path, recordings=str(path), devices=1), tmp_path)
+    assert device.streams["x"]["options"]["time_column"] == "ts"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from headwater.replay import ReplayFailed, ReplayOptions, comma_numbers, in_words_of_the_command, run_replay
+from headwater.file_check import FileRefused, comma_numbers, in_words_of_the_command
+from headwater.replay import ReplayOptions, run_replay
 
 ROWS = "t,a\n1,2\n3,x\n"
 
@@ -32,7 +33,7 @@ def test_a_file_that_is_not_as_described_is_said_once_and_with_the_commands_opti
     path.write_text(ROWS)
     given: dict[str, object] = {"path": str(path), "device": "d", "stream": "s", "time_column": "t"}
     given |= {"time_format": "s", "broker": "mqtt://127.0.0.1:1", "folder": tmp_path / "data"}
-    with pytest.raises(ReplayFailed) as error:
+    with pytest.raises(FileRefused) as error:
         run_replay(ReplayOptions(**(given | change)))  # type: ignore[arg-type]
     said = str(error.value)
     assert all(word in said for word in words), said
