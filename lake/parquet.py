@@ -29,20 +29,23 @@ def encode(table: pa.Table, repeating: frozenset[str], counting: frozenset[str])
     Returns:
         The file's bytes.
     """
-    dictionaries: list[str] = []
-    encodings: dict[str, str] = {}
+    choices: dict[str, str | None] = {}
+    ambiguous: set[str] = set()
     for name, column in zip(table.column_names, table.columns, strict=True):
         if name in repeating:
-            dictionaries.append(name)
+            choices[name] = None
         elif name in counting:
-            encodings[name] = "DELTA_BINARY_PACKED"
+            choices[name] = "DELTA_BINARY_PACKED"
         else:
             for path, leaf in _leaves(name, column.chunk(0)):
-                choice = _choose(leaf)
-                if choice is None:
-                    dictionaries.append(path)
-                else:
-                    encodings[path] = choice
+                if path in choices:
+                    ambiguous.add(path)
+                choices[path] = _choose(leaf)
+    # A field `a.b` beside a struct `a` with a field `b`: pyarrow knows both by one path, so both are written plainly.
+    for path in ambiguous:
+        del choices[path]
+    dictionaries = [path for path, choice in choices.items() if choice is None]
+    encodings = {path: choice for path, choice in choices.items() if choice is not None}
     sink = pa.BufferOutputStream()
     pq.write_table(
         table,

@@ -166,3 +166,25 @@ def test_batches_of_different_schemas_in_one_commit_come_back_as_they_were_sent(
     commit(store, stream, fitting)
     for item in fitting:
         assert_same_bits(rebuild_batch(store, stream, "dev", EPOCH, item.seq), flush[item.seq - 1])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"a": pa.array([{"b": "x"}, {"b": "y"}]), "a.b": pa.array([1, 2])},
+        {"a": pa.array([{"b": 1.5}, {"b": 2.5}]), "a.b": pa.array(["x", "y"])},
+        {"a": pa.array([[1.5], [2.5]]), "a.list.element": pa.array(["x", "y"])},
+        {"a.b": pa.array([{"c": 1}, {"c": 2}]), "a": pa.array([{"b": {"c": "x"}}, {"b": {"c": "y"}}])},
+        {"a.b": pa.array([{"c": 1}, {"c": 2}]), "a.b.c": pa.array(["x", "y"])},
+        {"a": pa.array([{"b.c": 1}, {"b.c": 2}]), "a.b": pa.array([{"c": "x"}, {"c": "y"}])},
+        {"a": pa.array([{"b.c": 1, "b": {"c": "x"}}] * 2)},
+    ],
+    ids=lambda fields: " ".join(fields),
+)
+def test_fields_whose_names_read_like_paths_of_each_other_come_back(store: Store, fields: dict[str, pa.Array]) -> None:
+    """Parquet writers know a column by its path, joined with dots."""
+    times = pa.array([0, 1], pa.timestamp("us", "UTC"))
+    batch = pa.record_batch({"ts": times, **fields})
+    stream = f"paths-{next(NUMBERS)}"
+    commit(store, stream, [raw(over_the_wire(batch))])
+    assert_same_bits(rebuild_batch(store, stream, "dev", EPOCH, 1), batch)
