@@ -70,7 +70,8 @@ Rules for the record batch:
    time, timestamp and duration in every unit, list, large list, fixed-size list, struct, map, and dictionaries of
    plain values other than null. Not: unions, views, run-end encoding, month-day-nano intervals, extension types,
    nesting deeper than 8.
-5. Arrow buffers are not compressed one by one. Values are valid (UTF-8 in strings, offsets in order).
+5. Arrow buffers are not compressed one by one. Values are valid (UTF-8 in strings and in names of time zones, offsets in
+   order).
 6. Limits (`contract.limits`): payload 8 MiB, body 64 MiB unpacked (dictionaries expanded), 65,536 rows, 1,024 fields,
    envelope 1 KiB.
 

@@ -181,6 +181,7 @@ def _check_type(kind: pa.DataType, name: str, depth: int) -> None:
             raise _unsupported(name, kind, "send the values without a dictionary")
         if types.is_null(value):  # pyarrow crashes when one that came over the wire is asked which values are valid
             raise _unsupported(name, kind, "a dictionary of nothing but nulls; send type null, or the values' type")
+        _check_zone(value, name)
     elif types.is_struct(kind):
         if kind.num_fields == 0:
             raise _unsupported(name, kind, "a struct needs at least one field")
@@ -194,6 +195,20 @@ def _check_type(kind: pa.DataType, name: str, depth: int) -> None:
         _check_field(kind.value_field, depth + 1)
     elif not _is_plain(kind):
         raise _unsupported(name, kind, "send it as a plain number, string or binary")
+    else:
+        _check_zone(kind, name)
+
+
+def _check_zone(kind: pa.DataType, name: str) -> None:
+    """A zone's name is read only when somebody asks for it: it must be text by then."""
+    if not pa.types.is_timestamp(kind):
+        return
+    try:
+        _ = kind.tz
+    except UnicodeDecodeError:
+        raise Rejected(
+            Reason.UNSUPPORTED_TYPE, f"field {name!r} is a timestamp whose zone is no UTF-8; name the zone, such as UTC"
+        ) from None
 
 
 def _is_plain(kind: pa.DataType) -> bool:

@@ -158,3 +158,26 @@ def test_values_that_would_crash_a_later_reader_are_refused(case: str, column: p
     with pytest.raises(Rejected) as refusal:
         decode(seal(envelope, body))
     assert refusal.value.reason == Reason.BAD_BODY, case
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.timestamp("ns", "ZONE"),
+        pa.dictionary(pa.int8(), pa.timestamp("ms", "ZONE")),
+        pa.list_(pa.timestamp("us", "ZONE")),
+        pa.struct([("at", pa.timestamp("s", "ZONE"))]),
+    ],
+    ids=str,
+)
+def test_a_zone_that_is_no_text_is_refused(kind: pa.DataType) -> None:
+    """pyarrow reads it only when asked, which the lake does: the batch would stop its stream's commits."""
+    batch = rows([1], x=pa.nulls(1, kind))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    stream = sink.getvalue().to_pybytes()
+    assert stream.count(b"ZONE") == 1
+    with pytest.raises(Rejected, match="zone is no UTF-8") as refusal:
+        decode(_with_body(stream.replace(b"ZONE", b"\xff\xfe\xfd\xfc")))
+    assert refusal.value.reason == Reason.UNSUPPORTED_TYPE
