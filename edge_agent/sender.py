@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -61,15 +62,29 @@ class _Lane:
     """Whether an ack came since this process started. Until then one batch tests whether the buffer is up to date."""
     in_flight: OrderedDict[int, int] = field(default_factory=OrderedDict)
     """seq → bytes, in rising seq."""
+    in_flight_bytes: int = 0
+    """Their sum, kept along: it is asked for with every batch."""
     deadline_s: float | None = None
+    not_before_s: float = float("-inf")
+    """Nothing is sent before this time."""
     rewound_to: int = 0
     rewound_at_s: float = float("-inf")
+
+    def put_in_flight(self, seq: int, size: int) -> None:
+        """Note that a batch is on the way."""
+        self.in_flight_bytes += size - self.in_flight.get(seq, 0)
+        self.in_flight[seq] = size
+
+    def land(self, up_to_seq: int) -> None:
+        """What is acknowledged is not on the way any more."""
+        while self.in_flight and next(iter(self.in_flight)) <= up_to_seq:
+            self.in_flight_bytes -= self.in_flight.popitem(last=False)[1]
 
     def go_back(self, before_seq: int) -> None:
         """Forget what was sent from `before_seq` on, so that it is sent again."""
         self.cursor = min(self.cursor, before_seq - 1)
         while self.in_flight and next(reversed(self.in_flight)) >= before_seq:
-            self.in_flight.popitem()
+            self.in_flight_bytes -= self.in_flight.popitem()[1]
         if not self.in_flight:
             self.deadline_s = None
 
@@ -85,6 +100,8 @@ class Sender:
         self._lanes: dict[tuple[str, str], _Lane] = {}
         self.resent_timeouts = 0
         self.rewinds_followed = 0
+        self._waiting_for_room: dict[bool, Stored] = {}
+        """Live or not → the batch that the window had no room for."""
         self._inherited = {(info.stream, info.epoch) for info in buffer.lanes()}
         self.refresh_lanes()
 
@@ -111,20 +128,21 @@ class Sender:
             lane.go_back(1)
             lane.timeout_s = self._settings.ack_timeout_s
 
-    def next_batch(self, now_s: float) -> Stored | None:
+    def next_batch(self, now_s: float, withheld: Collection[tuple[str, str]] = ()) -> Stored | None:
         """The batch to send now, live epochs before draining ones; None while the windows are full or nothing waits.
 
         The caller sends it and then calls `sent`.
+
+        Args:
+            now_s: now.
+            withheld: (stream, epoch)s of which nothing may be sent yet.
         """
         self._expire(now_s)
-        lanes = list(self._lanes.values())
+        lanes = [lane for key, lane in self._lanes.items() if lane.not_before_s <= now_s and key not in withheld]
         for live in (True, False):
-            candidates = [lane for lane in lanes if lane.live is live]
-            self._rng.shuffle(candidates)
-            for lane in candidates:
-                batch = self._candidate(lane)
-                if batch is not None and self._fits(batch.body_bytes, live=live):
-                    return batch
+            batch = self._choose([lane for lane in lanes if lane.live is live], live=live)
+            if batch is not None or self._needs_the_line(live=live):
+                return batch
         return None
 
     def sent(self, batch: Stored, now_s: float) -> None:
@@ -132,9 +150,13 @@ class Sender:
         lane = self._lanes[batch.stream, batch.epoch]
         lane.cursor = batch.seq
         lane.sent_top = max(lane.sent_top, batch.seq)
-        lane.in_flight[batch.seq] = batch.body_bytes
+        lane.put_in_flight(batch.seq, batch.body_bytes)
         if lane.deadline_s is None:
             lane.deadline_s = now_s + self._jittered(lane.timeout_s)
+
+    def postpone(self, batch: Stored, until_s: float) -> None:
+        """Send nothing of the batch's epoch before `until_s`: it cannot be read now."""
+        self._lanes[batch.stream, batch.epoch].not_before_s = until_s
 
     def acknowledged(self, mark: Watermark, now_s: float) -> AckOutcome:
         """Delete what the lake has; see whether the buffer is older than the lake."""
@@ -152,8 +174,7 @@ class Sender:
         self._buffer.acknowledge(mark.stream, mark.epoch, mark.seq)
         lane.acked = mark.seq
         lane.cursor = max(lane.cursor, mark.seq)
-        while lane.in_flight and next(iter(lane.in_flight)) <= mark.seq:
-            lane.in_flight.popitem(last=False)
+        lane.land(mark.seq)
         lane.timeout_s = self._settings.ack_timeout_s
         lane.deadline_s = now_s + self._jittered(lane.timeout_s) if lane.in_flight else None
         if not lane.live:
@@ -213,7 +234,42 @@ class Sender:
     @property
     def in_flight_bytes(self) -> int:
         """Bytes of bodies on the way, unacknowledged."""
-        return sum(sum(lane.in_flight.values()) for lane in self._lanes.values())
+        return sum(lane.in_flight_bytes for lane in self._lanes.values())
+
+    def _choose(self, lanes: list[_Lane], *, live: bool) -> Stored | None:
+        """A batch of one of the lanes, any of them first, that the window has room for.
+
+        Where room for a batch is lacking, no smaller one of its kind goes before it: else, with many streams, the
+        window would never be empty enough for it, and its stream would stand still for ever.
+        """
+        batches, size = self._on_the_way(live=live)
+        share = 1.0 if live else self._settings.backlog_share
+        if batches and batches >= max(1, int(self._settings.window_batches_max * share)):
+            return None
+        self._rng.shuffle(lanes)
+        if first := self._waiting_for_room.get(live):
+            lanes.sort(key=lambda lane: (lane.stream, lane.epoch) != (first.stream, first.epoch))
+        for lane in lanes:
+            batch = self._candidate(lane)
+            if batch is not None:
+                if batches and size + batch.body_bytes > self._settings.window_bytes_max * share:
+                    self._waiting_for_room[live] = batch
+                    return None
+                self._waiting_for_room.pop(live, None)
+                return batch
+        return None
+
+    def _needs_the_line(self, *, live: bool) -> bool:
+        """Whether fresh data waits that does not fit beside what draining epochs may have on the way."""
+        waiting = self._waiting_for_room.get(True) if live else None
+        return waiting is not None and waiting.body_bytes > self._settings.window_bytes_max * (
+            1 - self._settings.backlog_share
+        )
+
+    def _on_the_way(self, *, live: bool) -> tuple[int, int]:
+        """Batches and bytes that share a window: everything for live epochs, only each other for draining ones."""
+        lanes = [lane for lane in self._lanes.values() if live or not lane.live]
+        return sum(len(lane.in_flight) for lane in lanes), sum(lane.in_flight_bytes for lane in lanes)
 
     def _candidate(self, lane: _Lane) -> Stored | None:
         if lane.in_flight and not lane.confirmed:
@@ -223,22 +279,6 @@ class Sender:
             return batch
         # A hole lies before it. The gateway steps over a hole only from the floor on, so what is below must go first.
         return batch if batch.seq == self._buffer.floor(lane.stream, lane.epoch) else None
-
-    def _fits(self, body_bytes: int, *, live: bool) -> bool:
-        if self.in_flight_batches == 0:
-            return True
-        share = 1.0 if live else self._settings.backlog_share
-        batches, size = self.in_flight_batches, self.in_flight_bytes
-        if not live:
-            backlog = [lane for lane in self._lanes.values() if not lane.live]
-            batches = sum(len(lane.in_flight) for lane in backlog)
-            size = sum(sum(lane.in_flight.values()) for lane in backlog)
-            if batches == 0:
-                return True
-        return (
-            batches < max(1, int(self._settings.window_batches_max * share))
-            and size + body_bytes <= self._settings.window_bytes_max * share
-        )
 
     def _expire(self, now_s: float) -> None:
         for lane in self._lanes.values():

@@ -6,6 +6,7 @@ farewell is published, and the thread ends. Whatever is left is in the buffer.
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections import OrderedDict, deque
@@ -21,7 +22,7 @@ from contract.batches import Envelope
 from contract.codec import seal
 from contract.errors import Rejected, TemporaryError
 from contract.messages import Ack, Presence, Rewind, decode, encode
-from edge_agent.buffer.port import BatchBuffer, Stored
+from edge_agent.buffer.port import BatchBuffer, BufferUnavailableError, Stored
 from edge_agent.events import Event, Kind, Scalar
 from edge_agent.inbox import Inbox
 from edge_agent.metrics import AgentMetrics
@@ -57,6 +58,8 @@ SPLIT_S = 5.0
 FAREWELL_S = 3.0
 TROUBLE_S = 1.0
 """Pause after the buffer's disk refused."""
+UNREADABLE_S = 10.0
+"""Pause of an epoch whose next batch could not be read."""
 SKIPS_MAX = 1_000
 """Batches that vanish between choosing and fetching, in one go; more are left to the next round."""
 
@@ -134,13 +137,16 @@ class Uplink:
         self._leaving: Connection | None = None
         self._ready: Ready | None = None
         self._attempt_ends_s = self._ready_at_s = self._split_at_s = 0.0
+        self._trouble_until_s = self._leave_at_s = 0.0
         self._retry_at_s = clock.monotonic_s()
         self._known_acks: dict[tuple[str, str], int] = {}
         self._first_sent: dict[tuple[str, str], OrderedDict[int, float]] = {}
         self._new_lanes = threading.Event()
         self._reported: bytes | None = None
+        self._reported_sent: bytes | None = None
+        """The one that this connection has taken."""
         self._presence = b""
-        self._reported_due = self._presence_due = self._was_ready = self._contested = False
+        self._presence_due = self._was_ready = self._contested = False
         self._short_connections = 0
         self._own_presences: deque[bytes] = deque(maxlen=OWN_PRESENCES_MAX)
         self._last_ready_presences: frozenset[bytes] = frozenset()
@@ -160,7 +166,7 @@ class Uplink:
 
     def publish_reported(self, document: bytes) -> None:
         """Publish this reported state now, and again at each new connection."""
-        self._reported, self._reported_due = document, True
+        self._reported = document
         self._inbox.wake()
 
     def drain(self, timeout_s: float) -> None:
@@ -178,8 +184,7 @@ class Uplink:
                 try:
                     self._round()
                 except TemporaryError as error:
-                    _log.warning("uplink_trouble", error=str(error))
-                    self._inbox.take(TROUBLE_S)
+                    self._in_trouble(error)
             self._farewell()
         finally:
             if self._connection is not None:
@@ -192,7 +197,7 @@ class Uplink:
             self._connect(now_s)
         if self._ready is None and self._connection is not None and now_s >= self._attempt_ends_s:
             self._lose(Lost(LossCause.TIMEOUT, "the broker did not complete the connection in time"))
-        if self._ready is not None:
+        if self._ready is not None and now_s >= self._trouble_until_s:
             self._pump()
         signal = self._inbox.take(self._sleep_s())
         # What has piled up goes first: an ack makes room in the window, and costs nothing to take.
@@ -207,11 +212,20 @@ class Uplink:
         wakes = [now_s + IDLE_S]
         if self._connection is None:
             wakes.append(self._retry_at_s)
+        elif now_s < self._trouble_until_s:
+            wakes.append(self._trouble_until_s)
         elif self._ready is not None:
             wakes += [at_s for at_s in (self._sender.wake_at_s(), self._split_at_s) if at_s is not None]
         if self._drain_until_s is not None:
             wakes.append(self._drain_until_s)
         return max(0.0, min(wakes) - now_s)
+
+    def _in_trouble(self, error: TemporaryError) -> None:
+        """Send nothing for a while. What the broker says is still heard: a loss that was missed would never be told."""
+        now_s = self._clock.monotonic_s()
+        if now_s >= self._trouble_until_s:
+            _log.warning("uplink_trouble", error=str(error))
+        self._trouble_until_s = now_s + TROUBLE_S
 
     # Connecting.
 
@@ -246,11 +260,11 @@ class Uplink:
             self._report(Event(Kind.PUBLISH_REFUSED, detail={"cause": signal.reason, "messages": signal.messages}))
 
     def _begin(self, ready: Ready) -> None:
-        self._leave_unproven_epochs()
         self._sender.connected()
         self._ready, self._ready_at_s = ready, self._clock.monotonic_s()
         self._presence = self._own_presence(online=True, reason="started")
-        self._presence_due = self._reported_due = self._was_ready = True
+        self._presence_due = self._was_ready = True
+        self._reported_sent = None
         self._last_ready_presences = frozenset(list(self._own_presences)[-2:])
         self._metrics.connected.set(1)
         _log.info("connected", payload_bytes_max=ready.payload_bytes_max)
@@ -282,15 +296,14 @@ class Uplink:
         self._update_state(f"{lost.cause.value}: {lost.detail}")
         _log.warning("disconnected", cause=lost.cause.value, detail=lost.detail, retry_in_s=round(delay_s, 1))
 
-    def _leave_unproven_epochs(self) -> None:
-        """Once, before the first batch: let go of inherited live epochs that might go on elsewhere.
+    def _leave_unproven_epochs(self, now_s: float) -> None:
+        """Before the first batch of each: let go of inherited live epochs that might go on elsewhere.
 
         Where a restored buffer holds nothing of an epoch any more, its first batch would get a seq that the lake may
         have given to another one, and the ack of that one would look like its own. The retained ack settles it; where
-        the broker has lost that too, a new epoch costs nothing but its name.
+        the broker has lost that too, a new epoch costs nothing but its name. While the disk refuses one, nothing of
+        the old is sent; all that is proven goes on.
         """
-        if not self._inherited:
-            return
         lanes = {(lane.stream, lane.epoch): lane for lane in self._buffer.lanes()}
         for key, last_seq in list(self._inherited.items()):
             lane = lanes.get(key)
@@ -298,11 +311,16 @@ class Uplink:
                 holds_old = lane.floor is not None and lane.floor <= last_seq
                 proven = 0 < last_seq <= self._known_acks.get(key, 0)
                 if not holds_old and not proven:
-                    epoch = self._buffer.open_epoch(lane.stream, move_after_seq=last_seq)
+                    try:
+                        epoch = self._buffer.open_epoch(lane.stream, move_after_seq=last_seq)
+                    except BufferUnavailableError as error:
+                        _log.warning("epoch_not_opened", stream=lane.stream, error=str(error))
+                        self._leave_at_s = now_s + TROUBLE_S
+                        continue
                     _log.info("epoch_opened", stream=lane.stream, cause="unproven")
                     self._report(_epoch_opened(lane.stream, epoch, "unproven", previous=lane.epoch))
             del self._inherited[key]
-        self._known_acks.clear()
+            self._known_acks.pop(key, None)
         self._sender.refresh_lanes()
 
     # Receiving.
@@ -363,23 +381,38 @@ class Uplink:
             self._sender.refresh_lanes()
         if self._presence_due:
             self._presence_due = not connection.publish(topics.status(device), self._presence, retain=True)
-        if self._reported_due and self._reported is not None:
-            self._reported_due = not connection.publish(topics.reported(device), self._reported, retain=True)
+        self._tell_reported(connection)
+        if self._inherited and now_s >= self._leave_at_s:
+            self._leave_unproven_epochs(now_s)
         if now_s >= self._split_at_s:
             self._split_at_s = now_s + SPLIT_S
             self._split_backlog()
         for _ in range(SKIPS_MAX):
-            batch = self._sender.next_batch(now_s)
+            batch = self._sender.next_batch(now_s, withheld=self._inherited.keys())
             if batch is None or not self._send(batch, now_s):
                 break
         self._update_state()
+
+    def _tell_reported(self, connection: Connection) -> None:
+        # Compared, not flagged: the main thread may bring a newer one at any moment.
+        document = self._reported
+        if document is None or document is self._reported_sent:
+            return
+        if connection.publish(topics.reported(self._identity.device), document, retain=True):
+            self._reported_sent = document
 
     def _send(self, batch: Stored, now_s: float) -> bool:
         """Hand one batch to the broker; False when there is no room for it now."""
         assert self._connection is not None
         assert self._ready is not None
         # What was chosen may be evicted or thinned by now; the envelope has to fit what is really sent.
-        fetched = self._buffer.fetch(batch.stream, batch.epoch, batch.seq)
+        try:
+            fetched = self._buffer.fetch(batch.stream, batch.epoch, batch.seq)
+        except BufferUnavailableError as error:
+            # A bad block stays bad: other epochs must not wait for it.
+            _log.warning("batch_unreadable", stream=batch.stream, seq=batch.seq, error=str(error))
+            self._sender.postpone(batch, now_s + UNREADABLE_S)
+            return True
         floor = self._buffer.floor(batch.stream, batch.epoch)
         if fetched is None or floor is None or floor > batch.seq:
             return True
@@ -398,6 +431,7 @@ class Uplink:
         payload = seal(envelope, body)
         if len(payload) > self._ready.payload_bytes_max:
             self._too_large(stored, len(payload))
+            stored = stored._replace(body_bytes=0)  # it is not on the way, and takes no room from what is
         elif not self._connection.publish(topics.up(self._identity.device, stored.stream), payload):
             return False
         else:
@@ -431,9 +465,13 @@ class Uplink:
         for stream in self._sender.split_backlog():
             _log.info("backlog_split", stream=stream)
             self._report(_epoch_opened(stream, None, "backlog"))
-        known = {(lane.stream, lane.epoch) for lane in self._buffer.lanes()}
-        for key in self._first_sent.keys() - known:
+        floors = {(lane.stream, lane.epoch): lane.floor for lane in self._buffer.lanes()}
+        for key in self._first_sent.keys() - floors.keys():
             del self._first_sent[key]
+        for key, waiting in self._first_sent.items():
+            # What was evicted before it was acknowledged: without a gateway for days that would add up.
+            while waiting and next(iter(waiting)) < (floors[key] or math.inf):
+                waiting.popitem(last=False)
 
     # Stopping, and the state.
 

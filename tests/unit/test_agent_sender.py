@@ -7,7 +7,7 @@ import random
 import pytest
 
 from contract.batches import Clock
-from contract.messages import Watermark
+from contract.messages import Rewind, Watermark
 from edge_agent.buffer.memory import MemoryBuffer
 from edge_agent.buffer.port import BufferUnavailableError, StreamCaps
 from edge_agent.sender import AckOutcome, Sender, SenderSettings
@@ -18,6 +18,32 @@ BODY = b"x" * 100
 
 def new_buffer() -> MemoryBuffer:
     return MemoryBuffer({"s": StreamCaps(bytes_max=1 << 20, age_max_s=1e9)}, 1 << 30)
+
+
+LARGE = b"y" * 6_000
+"""More than a window of these tests."""
+
+
+def first_in_flight(sender: Sender) -> tuple[str, str, int] | None:
+    """(stream, epoch, seq) of one batch that is on the way; of a large one only when there is nothing else."""
+    found = [(key, next(iter(lane.in_flight))) for key, lane in sender._lanes.items() if lane.in_flight]
+    found.sort(key=lambda each: each[0][0] == "large")
+    return (*found[0][0], found[0][1]) if found else None
+
+
+def rounds_until_large_is_sent(sender: Sender, buffer: MemoryBuffer, streams: list[str]) -> int:
+    """Rounds in which everything that may be sent is, then one batch is acknowledged, and a fresh one comes in."""
+    for number in range(200):
+        while (batch := sender.next_batch(0.0)) is not None:
+            sender.sent(batch, 0.0)
+            if batch.stream == "large":
+                return number
+        oldest = first_in_flight(sender)
+        assert oldest is not None
+        sender.acknowledged(Watermark(*oldest), 0.0)
+        buffer.append(streams[number % len(streams)], BODY, 1, CLOCK)
+        sender.refresh_lanes()
+    raise AssertionError("the large batch was never sent")
 
 
 def new_sender(buffer: MemoryBuffer, backlog_bytes_max: int = 1_000) -> Sender:
@@ -114,3 +140,54 @@ def test_an_ack_that_the_disk_refused_has_changed_nothing(monkeypatch: pytest.Mo
     assert sender.in_flight_batches == 1
     assert sender.acknowledged(Watermark("s", epoch, 1), 0.0) is AckOutcome.PROGRESS
     assert buffer.floor("s", epoch) is None
+
+
+def test_a_batch_larger_than_the_window_is_sent_although_others_never_leave_the_line_empty() -> None:
+    """Mutants tried: smaller ones let past it."""
+    buffer = MemoryBuffer({}, 1 << 30)
+    streams = ["a", "b", "c"]
+    for stream in streams:
+        for _ in range(20):
+            buffer.append(stream, BODY, 1, CLOCK)
+    sender = Sender(buffer, SenderSettings(window_batches_max=10, window_bytes_max=5_000), random.Random(1))
+    for lane in sender._lanes.values():
+        lane.confirmed = True
+    assert len(send_all(sender)) == 10
+    buffer.append("large", LARGE, 1, CLOCK)
+    sender.refresh_lanes()
+    assert rounds_until_large_is_sent(sender, buffer, streams) < 30
+
+
+def test_a_large_fresh_batch_is_sent_although_a_backlog_drains() -> None:
+    """Mutants tried: the backlog not held back for it."""
+    buffer = MemoryBuffer({}, 1 << 30)
+    for _ in range(150):
+        buffer.append("s", BODY, 1, CLOCK)
+    sender = Sender(buffer, SenderSettings(window_batches_max=10, window_bytes_max=5_000), random.Random(1))
+    for lane in sender._lanes.values():
+        lane.confirmed = True
+    buffer.open_epoch("s")
+    sender.refresh_lanes()
+    assert len(send_all(sender)) == 5
+    buffer.append("large", LARGE, 1, CLOCK)
+    sender.refresh_lanes()
+    assert rounds_until_large_is_sent(sender, buffer, ["s"]) < 30
+
+
+def test_what_is_on_the_way_is_counted_right_through_acks_rewinds_and_resends() -> None:
+    buffer = MemoryBuffer({}, 1 << 30)
+    sizes = [10, 20, 30, 40, 50]
+    epochs = {buffer.append("s", b"x" * size, 1, CLOCK).epoch for size in sizes}
+    (epoch,) = epochs
+    sender = Sender(buffer, SenderSettings(ack_timeout_s=1.0), random.Random(1))
+    sender._lanes["s", epoch].confirmed = True
+    assert send_all(sender) == [1, 2, 3, 4, 5]
+    assert (sender.in_flight_batches, sender.in_flight_bytes) == (5, 150)
+    sender.acknowledged(Watermark("s", epoch, 2), 0.0)
+    assert (sender.in_flight_batches, sender.in_flight_bytes) == (3, 120)
+    sender.rewind(Rewind(stream="s", epoch=epoch, expected=4), 0.0)
+    assert (sender.in_flight_batches, sender.in_flight_bytes) == (1, 30)
+    assert send_all(sender) == [4, 5]
+    assert (sender.in_flight_batches, sender.in_flight_bytes) == (3, 120)
+    assert sender.next_batch(10.0) is not None
+    assert (sender.in_flight_batches, sender.in_flight_bytes) == (0, 0)

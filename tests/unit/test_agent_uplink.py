@@ -2,161 +2,22 @@
 
 from __future__ import annotations
 
-import random
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import pyarrow as pa
 import pytest
-from prometheus_client import CollectorRegistry
 
 from contract import topics
-from contract.batches import Clock
-from contract.codec import decode_body, encode_body, unseal
+from contract.codec import decode_body, unseal
 from contract.limits import DEFAULT_LIMITS
-from contract.messages import Ack, Presence, Rewind, Watermark, decode, encode
+from contract.messages import Presence, Rewind, decode, encode
 from edge_agent import uplink as uplink_module
 from edge_agent.buffer.memory import MemoryBuffer
-from edge_agent.buffer.port import BufferUnavailableError, StreamCaps, WhenFull
-from edge_agent.events import Event, Kind
-from edge_agent.inbox import Inbox
-from edge_agent.metrics import AgentMetrics
-from edge_agent.settings import UplinkSettings
-from edge_agent.transport import Connection, LossCause, Lost, PublishRefused, Ready, Received, Signal, Will
-from edge_agent.uplink import SHORT_CONNECTIONS_MAX, Identity, Uplink
-
-CLOCK = Clock(True, 1_700_000_000_000_000, 5, "ab" * 16)
-READY = Ready(8 * 1024 * 1024)
-DEADLINE_S = 20.0
-
-
-def wait_until(predicate: Callable[[], Any], what: str) -> Any:
-    deadline_s = time.monotonic() + DEADLINE_S
-    pause = threading.Event()
-    while not (found := predicate()):
-        assert time.monotonic() < deadline_s, f"not within {DEADLINE_S} s: {what}"
-        pause.wait(0.005)
-    return found
-
-
-class FakeConnection:
-    """Records what is published; the test says what the broker says."""
-
-    def __init__(self, will: Will, names: Sequence[str], inbox: Inbox[tuple[Connection, Signal]]) -> None:
-        self.will, self.topics, self._inbox = will, list(names), inbox
-        self.published: list[tuple[str, bytes, bool]] = []
-        self.room = 1_000_000
-        self.abandoned = self.closed = False
-
-    @property
-    def finished(self) -> bool:
-        return self.abandoned or self.closed
-
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
-        if self.room == 0 or self.finished:
-            return False
-        self.room -= 1
-        self.published.append((topic, payload, retain))
-        return True
-
-    def abandon(self) -> None:
-        self.abandoned = True
-
-    def close(self, timeout_s: float) -> None:
-        self.closed = True
-
-    def say(self, *signals: Signal) -> None:
-        for signal in signals:
-            self._inbox.post((self, signal))
-
-    def make_room(self, room: int) -> None:
-        self.room = room
-        self._inbox.wake()
-
-    def batches(self) -> list[tuple[str, int]]:
-        """(stream, seq) of every batch, in the order of sending."""
-        sent = [unseal(payload).envelope for topic, payload, _ in list(self.published) if "/up/" in topic]
-        return [(envelope.stream, envelope.seq) for envelope in sent]
-
-
-class FakeTransport:
-    """Gives the test each attempt."""
-
-    attempt_timeout_s = 60.0
-
-    def __init__(self) -> None:
-        self.attempts: list[FakeConnection] = []
-
-    def connect(self, will: Will, names: Sequence[str], inbox: Inbox[tuple[Connection, Signal]]) -> FakeConnection:
-        self.attempts.append(FakeConnection(will, names, inbox))
-        return self.attempts[-1]
-
-    def attempt(self, number: int) -> FakeConnection:
-        """The attempt of this number, counted from 0, once it is made."""
-        found: FakeConnection = wait_until(
-            lambda: self.attempts[number] if len(self.attempts) > number else None, f"attempt {number}"
-        )
-        return found
-
-
-class SystemClock:
-    def wall_us(self) -> int:
-        return time.time_ns() // 1000
-
-    def monotonic_s(self) -> float:
-        return time.monotonic()
-
-
-class Bench:
-    """An uplink with everything around it."""
-
-    def __init__(self, buffer: MemoryBuffer, **settings: Any) -> None:
-        self.buffer = buffer
-        self.transport = FakeTransport()
-        self.events: list[Event] = []
-        self.desired: list[bytes] = []
-        self.metrics = AgentMetrics(CollectorRegistry())
-        self.uplink = Uplink(
-            identity=Identity(device="pi-1", agent="test 1", boot="ab" * 16),
-            buffer=buffer,
-            settings=UplinkSettings(**{"reconnect_base_s": 0.01, "reconnect_max_s": 0.02, **settings}),
-            transport=self.transport,
-            clock=SystemClock(),
-            metrics=self.metrics,
-            report=self.events.append,
-            desired=self.desired.append,
-            rng=random.Random(1),
-        )
-        self.failure: BaseException | None = None
-        self.thread = threading.Thread(target=self._run)
-
-    def start(self) -> FakeConnection:
-        self.thread.start()
-        return self.transport.attempt(0)
-
-    def start_ready(self, *retained: Signal) -> FakeConnection:
-        connection = self.start()
-        connection.say(*retained, READY)
-        wait_until(lambda: self.uplink.state.connected, "connected")
-        return connection
-
-    def kinds(self) -> list[Kind]:
-        return [event.kind for event in self.events]
-
-    def stop(self) -> None:
-        if self.thread.ident is not None:
-            self.uplink.drain(0.0)
-            self.thread.join(DEADLINE_S)
-            assert not self.thread.is_alive()
-
-    def _run(self) -> None:
-        try:
-            self.uplink.run()
-        except BaseException as error:  # noqa: BLE001 - the test reads it
-            self.failure = error
-
+from edge_agent.buffer.port import StreamCaps, WhenFull
+from edge_agent.events import Kind
+from edge_agent.transport import LossCause, Lost, PublishRefused, Ready, Received
+from edge_agent.uplink import SHORT_CONNECTIONS_MAX
+from tests.unit.uplink_bench import CLOCK, DEADLINE_S, READY, Bench, ack, body, fill, live, new_buffer, wait_until
 
 Benches = Callable[..., Bench]
 
@@ -173,30 +34,6 @@ def bench() -> Iterator[Benches]:
     for one in made:
         one.stop()
         assert one.failure is None
-
-
-def new_buffer(when_full: WhenFull = WhenFull.DROP_OLDEST, bytes_max: int = 1 << 20) -> MemoryBuffer:
-    caps = StreamCaps(bytes_max=bytes_max, age_max_s=1e9, when_full=when_full, thin_keep_every=2)
-    return MemoryBuffer({"s": caps, "t": caps}, 1 << 30)
-
-
-def body(rows: int = 3) -> bytes:
-    ts = pa.array(range(rows), pa.timestamp("us", "UTC"))
-    return encode_body(pa.record_batch([ts, pa.array(range(rows), pa.int64())], ["ts", "x"]))
-
-
-def fill(buffer: MemoryBuffer, batches: int, stream: str = "s") -> str:
-    for _ in range(batches):
-        epoch = buffer.append(stream, body(), 3, CLOCK).epoch
-    return epoch
-
-
-def ack(stream: str, epoch: str, seq: int) -> Received:
-    return Received(topics.ack("pi-1"), encode(Ack(committed=(Watermark(stream, epoch, seq),))))
-
-
-def live(buffer: MemoryBuffer, stream: str = "s") -> str:
-    return next(lane.epoch for lane in buffer.lanes() if lane.live and lane.stream == stream)
 
 
 def test_nothing_is_sent_before_the_connection_is_ready_and_retained_acks_were_seen(bench: Benches) -> None:
@@ -497,34 +334,6 @@ def test_damaged_control_messages_are_counted_and_change_nothing(bench: Benches)
     assert one.metrics.control_refused.labels("rewind")._value.get() == 1
 
 
-class FailingBuffer(MemoryBuffer):
-    """A disk that refuses for a while."""
-
-    refusals = 0
-
-    def acknowledge(self, stream: str, epoch: str, seq: int) -> int:
-        if self.refusals:
-            self.refusals -= 1
-            raise BufferUnavailableError("the disk refuses")
-        return super().acknowledge(stream, epoch, seq)
-
-
-def test_an_ack_that_the_disk_refused_is_asked_for_again(bench: Benches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mutants tried: the sender believing the ack before the buffer has it."""
-    monkeypatch.setattr(uplink_module, "TROUBLE_S", 0.01)
-    buffer = FailingBuffer({}, 1 << 20)
-    buffer.refusals = 1
-    one = bench(buffer, ack_timeout_s=0.2, ack_timeout_max_s=0.4)
-    connection = one.start_ready()
-    epoch = fill(buffer, 1)
-    one.uplink.stored(new_lane=True)
-    wait_until(lambda: connection.batches(), "sent")
-    connection.say(ack("s", epoch, 1))
-    wait_until(lambda: len(connection.batches()) == 2, "sent again")
-    connection.say(ack("s", epoch, 1))
-    wait_until(lambda: buffer.floor("s", epoch) is None, "deleted")
-
-
 def test_a_mistake_in_the_uplink_ends_its_thread_without_a_goodbye(bench: Benches) -> None:
     """Who watches the threads ends the process then, and the broker sends the last will."""
     one = bench(new_buffer())
@@ -540,3 +349,21 @@ def test_a_mistake_in_the_uplink_ends_its_thread_without_a_goodbye(bench: Benche
     assert connection.abandoned
     assert not connection.closed
     one.failure = None
+
+
+def test_what_was_sent_and_then_evicted_is_not_remembered(bench: Benches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a gateway for days, each round of sending would add to what waits for its ack.
+
+    Mutants tried: nothing forgotten but what is acknowledged.
+    """
+    monkeypatch.setattr(uplink_module, "SPLIT_S", 0.01)
+    size = len(body())
+    buffer = new_buffer(bytes_max=3 * size)
+    one = bench(buffer)
+    connection = one.start_ready()
+    epoch = fill(buffer, 3)
+    one.uplink.stored(new_lane=True)
+    wait_until(lambda: len(connection.batches()) == 3, "sent")
+    fill(buffer, 2)
+    one.uplink.stored(new_lane=False)
+    wait_until(lambda: list(one.uplink._first_sent["s", epoch])[:1] == [3], "the evicted ones are forgotten")
