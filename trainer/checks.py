@@ -6,24 +6,21 @@ stops the step with a report; what warns is reported and does not stop.
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import msgspec
 import numpy as np
 
 from trainer.errors import ChecksFailedError
-from trainer.findings import Finding, Report, Verdict, ok, readable, worst
+from trainer.findings import NAMED_MAX, Finding, Report, Verdict, counted, ok, readable, worst
+from trainer.leakage import check_split
 from trainer.profile import FieldProfile, Profile
-from trainer.progress import Progress
 from trainer.recipe import Recipe, Thresholds
-from trainer.split import Split, save_split, split_windows
+from trainer.split import save_split, split_windows
 from trainer.steps import REPORT, Outputs, StepContext
 from trainer.windowset import WindowSet
 
 READABLE = "report.txt"
-_NAMED_MAX = 5
 
 
 def step(context: StepContext) -> Outputs:
@@ -82,15 +79,7 @@ def check_rows(recipe: Recipe, dataset: WindowSet, profile: Profile, nan_labels:
         _rate(limits, profile),
         _stuck(limits, profile),
         _labels(recipe, dataset, nan_labels),
-    ]
-
-
-def check_split(recipe: Recipe, dataset: WindowSet, split: Split, progress: Progress) -> list[Finding]:
-    """What can be said of the two sides."""
-    return [
-        _group_leakage(recipe, dataset, split),
-        _window_leakage(recipe.checks, dataset, split, progress),
-        _classes_on_both_sides(recipe, dataset, split),
+        _dropped(limits, profile),
     ]
 
 
@@ -129,22 +118,30 @@ def _size(limits: Thresholds, dataset: WindowSet) -> Finding:
 
 
 def _missing(limits: Thresholds, profile: Profile) -> Finding:
-    rows = sum(device.rows for device in profile.devices)
+    rows = {device.device: device.rows for device in profile.devices}
     shares = {
-        name: sum(one.nulls + one.nans for one in of_field) / rows for name, of_field in _by_field(profile.fields)
+        name: sum(one.nulls + one.nans for one in of_field) / sum(rows.values())
+        for name, of_field in _by_field(profile.fields)
     }
     name, share = max(shares.items(), key=lambda item: item[1])
-    verdict: Verdict = "ok"
-    if share > limits.missing_share_warn:
-        verdict = "fail" if share > limits.missing_share_fail else "warn"
+    # One sensor of many that is dead is little of the whole, and everything to those who look at its device.
+    dead = [one for one in profile.fields if one.nulls + one.nans > limits.missing_share_fail * rows[one.device]]
+    verdict: Verdict = "warn" if dead or share > limits.missing_share_warn else "ok"
+    if share > limits.missing_share_fail:
+        verdict = "fail"
+    detail = f"at most {share:.2%} of a field is null or NaN ({name})" if share else "no value is missing"
+    if dead:
+        named = ", ".join(f"{one.field} of {one.device}" for one in dead[:NAMED_MAX])
+        more = f" and {len(dead) - NAMED_MAX} more" if len(dead) > NAMED_MAX else ""
+        detail += f"; more than {limits.missing_share_fail:.0%} of {named}{more}"
     return Finding(
         check="missing",
         verdict=verdict,
-        detail=f"at most {share:.2%} of a field is null or NaN ({name})" if share else "no value is missing",
-        figures={"share": shares},
+        detail=detail,
+        figures={"share": shares, "dead": [f"{one.device}/{one.field}" for one in dead[:100]]},
         remedy=""
         if verdict == "ok"
-        else f"mend the sensor, leave {name} out of [data] fields, or fill it in [data] sql",
+        else "mend the sensor, leave the field out of [data] fields or the device out in [data] sql, or fill it there",
     )
 
 
@@ -155,7 +152,7 @@ def _infinite(profile: Profile) -> Finding:
     return Finding(
         check="infinite",
         verdict="fail",
-        detail=f"infinite, or beyond float32: {_counted(found)}",
+        detail=f"infinite, or beyond float32: {counted(found)}",
         figures={"values": found},
         remedy="windows hold float32; scale the field, or set such values to NULL in [data] sql",
     )
@@ -197,9 +194,10 @@ def _duplicates(limits: Thresholds, profile: Profile) -> Finding:
     return Finding(
         check="duplicates",
         verdict="fail" if share > limits.duplicate_share_fail else "warn",
-        detail=f"{total} readings have the ts of the one before; most has {device.device}, {share:.2%}",
+        detail=f"{total} readings have a ts that their device had before; most has {device.device}, {share:.2%}",
         figures={"rows": total, "share_most": share, "device_most": device.device},
-        remedy="is the sensor polled faster than it measures? Keep one of each in [data] sql with QUALIFY row_number()",
+        remedy="is the sensor polled faster than it measures, or was its buffer restored? Keep one of each in [data] "
+        "sql with QUALIFY row_number()",
     )
 
 
@@ -210,7 +208,7 @@ def _order(profile: Profile) -> Finding:
     return Finding(
         check="order",
         verdict="warn",
-        detail=f"ts goes back {sum(found.values())} times, on {_counted(found)}",
+        detail=f"ts goes back {sum(found.values())} times, on {counted(found)}",
         figures={"times": found},
         remedy="a clock was set; no window goes over such a place. Does the device wait for its clock?",
     )
@@ -223,15 +221,17 @@ def _gaps(limits: Thresholds, recipe: Recipe, profile: Profile) -> Finding:
     # With a stride beyond the window's length, rows in between are left out on purpose.
     meant = max(0.0, 1 - recipe.window.rows / recipe.window.stride)
     share = outside / rows
-    fails = share > limits.unwindowed_share_fail + meant
+    verdict: Verdict = "warn" if share > limits.unwindowed_share_warn + meant else "ok"
+    if share > limits.unwindowed_share_fail + meant:
+        verdict = "fail"
     return Finding(
         check="gaps",
-        verdict="fail" if fails else "ok",
+        verdict=verdict,
         detail=f"{gaps} gaps longer than {recipe.window.gap_s:g} s; {share:.1%} of the rows stand in no window",
         figures={"gaps": gaps, "rows_outside": outside, "share_outside": share},
-        remedy="take fewer [window] rows or a longer gap_s, and see why readings are missing (SQL: FROM gaps)"
-        if fails
-        else "",
+        remedy=""
+        if verdict == "ok"
+        else "take fewer [window] rows or a longer gap_s, and see why readings are missing (SQL: FROM gaps)",
     )
 
 
@@ -281,7 +281,7 @@ def _labels(recipe: Recipe, dataset: WindowSet, nan_labels: int) -> Finding:
     figures = {"windows": counts, "nan_rows": nan_labels}
     problem = _label_problem(recipe, counts, nan_labels)
     if problem is None:
-        return ok("labels", f"{len(counts)} classes: {_counted(counts)}", **figures)
+        return ok("labels", f"{len(counts)} classes: {counted(counts)}", **figures)
     verdict, detail, remedy = problem
     return Finding(check="labels", verdict=verdict, detail=detail, figures=figures, remedy=remedy)
 
@@ -305,74 +305,23 @@ def _label_problem(recipe: Recipe, counts: dict[str, int], nan_labels: int) -> t
     return None
 
 
-def _group_leakage(recipe: Recipe, dataset: WindowSet, split: Split) -> Finding:
-    both = sorted(set(dataset.groups[split.train].tolist()) & set(dataset.groups[split.test].tolist()))
-    detail = f"{len(split.train)} windows train, {len(split.test)} judge; {split.description}"
-    if recipe.split.by in ("device", "group"):
-        if not both:
-            return ok("groups", detail, both=both)
-        return Finding(
-            check="groups",
-            verdict="fail",
-            detail=f"{', '.join(both[:_NAMED_MAX])} on both sides",
-            figures={"both": both},
-            remedy="the split is wrong; report this with the recipe",
-        )
-    if recipe.split.by == "random":
-        return Finding(
-            check="groups",
-            verdict="warn",
-            detail=f"{detail}; {len(both)} groups are on both sides",
-            figures={"both": both[:100]},
-            remedy='the figures are too good for devices that the model has never seen; use by = "device" or "group"',
-        )
-    return ok("groups", f"{detail}; the same devices, later", both=both[:100])
-
-
-def _window_leakage(limits: Thresholds, dataset: WindowSet, split: Split, progress: Progress) -> Finding:
-    with progress.track("looking for windows on both sides", len(split.train) + len(split.test)) as advance:
-        learned = set(_digests(dataset, split.train.tolist(), advance))
-        repeated = sum(one in learned for one in _digests(dataset, split.test.tolist(), advance))
-    if repeated <= limits.identical_windows_max:
-        return ok("leakage", f"{repeated} windows are the same on both sides", identical=repeated)
-    return Finding(
-        check="leakage",
-        verdict="fail",
-        detail=f"{repeated} of {len(split.test)} test windows are, to the bit, among the training windows",
-        figures={"identical": repeated},
-        remedy="is a recording replayed, or a sensor stuck? Take it once ([data] sql), put both into one [split] "
-        "group, or raise [checks] identical_windows_max",
+def _dropped(limits: Thresholds, profile: Profile) -> Finding:
+    mixed, bare, kept = (
+        sum(getattr(one, name) for one in profile.devices)
+        for name in ("dropped_mixed", "dropped_unlabelled", "windows")
     )
-
-
-def _digests(dataset: WindowSet, numbers: Iterable[int], advance: Callable[[int], None]) -> Iterable[bytes]:
-    for number in numbers:
-        yield hashlib.blake2b(np.ascontiguousarray(dataset.windows[number]).data, digest_size=16).digest()
-        advance(1)
-
-
-def _classes_on_both_sides(recipe: Recipe, dataset: WindowSet, split: Split) -> Finding:
-    if dataset.labels is None or recipe.task == "anomaly":
-        return ok("classes", "none are learned")
-    train, test = (Counter(dataset.labels[side].tolist()) for side in (split.train, split.test))
-    figures = {"train": dict(train), "test": dict(test)}
-    if unknown := sorted(set(test) - set(train)):
-        return Finding(
-            check="classes",
-            verdict="fail",
-            detail=f"{', '.join(unknown[:_NAMED_MAX])} is only on the test side: it cannot be learned",
-            figures=figures,
-            remedy="choose other test groups ([split] test_groups or seed), or collect more groups with that class",
-        )
-    if unjudged := sorted(set(train) - set(test)):
-        return Finding(
-            check="classes",
-            verdict="warn",
-            detail=f"{', '.join(unjudged[:_NAMED_MAX])} is only on the training side: nothing judges it",
-            figures=figures,
-            remedy="choose other test groups ([split] test_groups or seed), or a larger test share",
-        )
-    return ok("classes", f"all {len(train)} classes are on both sides", **figures)
+    share = (mixed + bare) / max(1, mixed + bare + kept)
+    detail = f"{mixed} windows over several labels and {bare} with rows without any were left out, {share:.0%} of all"
+    verdict: Verdict = "warn" if share > limits.dropped_share_warn else "ok"
+    return Finding(
+        check="dropped",
+        verdict=verdict,
+        detail=detail if mixed + bare else "no window was left out for its labels",
+        figures={"mixed": mixed, "unlabelled": bare, "share": share},
+        remedy=""
+        if verdict == "ok"
+        else 'do [labels] name all devices and times? Else take shorter windows, span = "majority", or otherwise',
+    )
 
 
 def _by_field(fields: Iterable[FieldProfile]) -> list[tuple[str, list[FieldProfile]]]:
@@ -380,8 +329,3 @@ def _by_field(fields: Iterable[FieldProfile]) -> list[tuple[str, list[FieldProfi
     for one in fields:
         found.setdefault(one.field, []).append(one)
     return list(found.items())
-
-
-def _counted(counts: dict[str, int]) -> str:
-    shown = ", ".join(f"{name} {count}" for name, count in list(counts.items())[:_NAMED_MAX])
-    return shown if len(counts) <= _NAMED_MAX else f"{shown} and {len(counts) - _NAMED_MAX} more"

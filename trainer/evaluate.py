@@ -7,7 +7,8 @@ threshold that the same share of training windows exceeds.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -27,10 +28,11 @@ from trainer.figures import (
 )
 from trainer.material import Material, load_material
 from trainer.recipe import Recipe
-from trainer.search import SearchResult, fit_candidate, load_result
-from trainer.split import Split
+from trainer.search import fit_candidate, load_result
+from trainer.split import Fold, Split
 from trainer.steps import Outputs, StepContext
 from trainer.tracking import is_asked_for, log_run
+from trainer.trials import SearchResult
 from trainer.windowset import WindowSet
 
 Bools = npt.NDArray[np.bool_]
@@ -81,41 +83,135 @@ def evaluate(
         "metric_value": metric_value,
         "devices": _by_device(dataset, material, test, scores, trained.threshold),
         "drift": _drift(material, trained, split),
+        "curve": _learning_curve(dataset, material, split, test, recipe, result.best.candidate, seed),
     }
     untuned = _untuned(material, split, recipe, result, seed)
     if material.labels is not None:
         return Evaluation(
             classification=classification_figures(scores, material.labels[test], material.classes),
             baselines=_class_baselines(material, split, test, untuned),
-            curve=_learning_curve(dataset, material, split, test, recipe, result.best.candidate, seed),
             **common,
         )
-    labelled = anomalies(dataset, recipe)
-    everything = np.arange(len(dataset))
-    detectors = [("chosen", trained.scores(material.features), trained.threshold)]
-    if untuned is not None:
-        detectors.append((f"{untuned.family} as it comes", untuned.scores(material.features), untuned.threshold))
-    rolling = _rolling(dataset, recipe)
-    usual = float(np.quantile(rolling[split.train], 1 - recipe.search.contamination, method="higher"))
-    detectors.append(("rolling z-score", rolling, usual))
-    told = [
-        Baseline(
-            name=name,
-            alarms=_alarms(dataset, recipe.window, labelled, found, threshold, test),
-            alarms_all=_alarms(dataset, recipe.window, labelled, found, threshold, everything),
-        )
-        for name, found, threshold in detectors
+    return Evaluation(**_alarm_figures(dataset, material, split, recipe, result, untuned, trained, seed), **common)
+
+
+def _alarm_figures(
+    dataset: WindowSet,
+    material: Material,
+    split: Split,
+    recipe: Recipe,
+    result: SearchResult,
+    untuned: Trained | None,
+    trained: Trained,
+    seed: int,
+) -> dict[str, Any]:
+    """Alarms of the chosen detector and of simpler ones: over the judged windows, all that were unseen, and all."""
+    detectors: list[tuple[str, _Detector]] = [
+        ("chosen", _Fitted(material, recipe, seed, result.best.candidate, trained))
     ]
-    return Evaluation(alarms=told[0].alarms, alarms_all=told[0].alarms_all, baselines=told[1:], **common)
+    if untuned is not None and result.baseline is not None:
+        fitted = _Fitted(material, recipe, seed, result.baseline.candidate, untuned)
+        detectors.append((f"{untuned.family} as it comes", fitted))
+    detectors.append(("rolling z-score", _Rolling(dataset, recipe, split.train)))
+    labelled = anomalies(dataset, recipe)
+    told = []
+    for name, detector in detectors:
+        found, threshold = detector.final()
+        flagged = np.asarray(labels_of(found, threshold) == 1)
+        told.append(
+            Baseline(
+                name=name,
+                alarms=_alarms(dataset, recipe.window, labelled, found, flagged, split.test),
+                alarms_unseen=_unseen(dataset, split, recipe, labelled, detector, flagged),
+                alarms_all=_alarms(dataset, recipe.window, labelled, found, flagged, np.arange(len(dataset))),
+            )
+        )
+    first = told[0]
+    return {
+        "alarms": first.alarms,
+        "alarms_unseen": first.alarms_unseen,
+        "alarms_all": first.alarms_all,
+        "baselines": told[1:],
+    }
+
+
+class _Detector(Protocol):
+    """What gives scores and a threshold."""
+
+    def final(self) -> tuple[Float32s, float]:
+        """Scores of all windows, and the threshold that the training windows gave."""
+
+    def of_fold(self, fold: Fold) -> npt.NDArray[np.bool_] | None:
+        """Which judging windows of a fold are above the threshold of its training windows; None where it cannot be
+        fitted there."""
+
+
+class _Fitted:
+    """A candidate of the search."""
+
+    def __init__(self, material: Material, recipe: Recipe, seed: int, candidate: Candidate, trained: Trained) -> None:
+        self._material, self._recipe, self._seed = material, recipe, seed
+        self._candidate, self._trained = candidate, trained
+
+    def final(self) -> tuple[Float32s, float]:
+        return self._trained.scores(self._material.features), _threshold(self._trained)
+
+    def of_fold(self, fold: Fold) -> Bools | None:
+        try:
+            trained = fit_candidate(self._material, fold.train, self._recipe, self._seed, self._candidate)
+        except TrainingError:
+            return None
+        scores = trained.scores(self._material.features[fold.valid])
+        return np.asarray(labels_of(scores, _threshold(trained)) == 1)
+
+
+def _threshold(trained: Trained) -> float:
+    assert trained.threshold is not None  # a detector has one
+    return trained.threshold
+
+
+class _Rolling:
+    """The rolling z-score, with a threshold that as many training windows exceed."""
+
+    def __init__(self, dataset: WindowSet, recipe: Recipe, train: Int64s) -> None:
+        pieces = [rolling_z(dataset.windows[piece], recipe.window.stride) for piece in dataset.chunks()]
+        self._scores = np.concatenate(pieces)
+        self._share, self._train = recipe.search.contamination, train
+
+    def _usual(self, rows: Int64s) -> float:
+        return float(np.quantile(self._scores[rows], 1 - self._share, method="higher"))
+
+    def final(self) -> tuple[Float32s, float]:
+        return self._scores, self._usual(self._train)
+
+    def of_fold(self, fold: Fold) -> Bools | None:
+        return np.asarray(labels_of(self._scores[fold.valid], self._usual(fold.train)) == 1)
+
+
+def _unseen(
+    dataset: WindowSet, split: Split, recipe: Recipe, labelled: Bools, detector: _Detector, flagged: Bools
+) -> AlarmFigures | None:
+    """Over windows that no model was fitted with when it answered; None where a fold has none."""
+    judged = flagged.copy()
+    rows = [split.test]
+    for fold in split.folds:
+        found = detector.of_fold(fold)
+        if found is None:
+            return None
+        judged[fold.valid] = found
+        rows.append(fold.valid)
+    unseen = np.unique(np.concatenate(rows))
+    figures = _alarms(dataset, recipe.window, labelled, judged.astype(np.float32), judged, unseen)
+    # Scores of several models do not stand in one order.
+    return msgspec.structs.replace(figures, roc_auc=None, average_precision=None)
 
 
 def _alarms(
-    dataset: WindowSet, window: Window, labelled: Bools, scores: Float32s, threshold: float | None, rows: Int64s
+    dataset: WindowSet, window: Window, labelled: Bools, scores: Float32s, flagged: Bools, rows: Int64s
 ) -> AlarmFigures:
-    flagged = np.asarray(labels_of(scores[rows], threshold or 0.0) == 1)
     return alarm_figures(
         scores[rows],
-        flagged,
+        flagged[rows],
         labelled[rows],
         dataset.devices[rows],
         dataset.starts_us[rows],
@@ -123,10 +219,6 @@ def _alarms(
         # From the last reading of a window to the first of the next, each step being a gap at most.
         apart_us=max(1, window.stride - window.rows + 1) * window.gap_us,
     )
-
-
-def _rolling(dataset: WindowSet, recipe: Recipe) -> Float32s:
-    return np.concatenate([rolling_z(dataset.windows[piece], recipe.window.stride) for piece in dataset.chunks()])
 
 
 def _untuned(material: Material, split: Split, recipe: Recipe, result: SearchResult, seed: int) -> Trained | None:
@@ -159,26 +251,43 @@ def _class_baselines(material: Material, split: Split, test: Int64s, untuned: Tr
 def _learning_curve(
     dataset: WindowSet, material: Material, split: Split, test: Int64s, recipe: Recipe, candidate: Candidate, seed: int
 ) -> list[CurvePoint]:
-    if not recipe.report.learning_curve or material.labels is None:
+    if not recipe.report.learning_curve:
         return []
-    groups = np.random.default_rng(seed).permutation(np.unique(dataset.groups[split.train]))
     points = []
-    for share in CURVE_SHARES:
-        chosen = groups[: max(1, round(share * len(groups)))]
-        rows = split.train[np.isin(dataset.groups[split.train], chosen)]
-        if len(np.unique(material.labels[rows])) < len(material.classes):
+    for groups, rows in _lesser(dataset, split, recipe, seed):
+        if material.labels is not None and len(np.unique(material.labels[rows])) < len(material.classes):
             continue  # too few groups for all classes: no point of the same curve
         try:
             trained = fit_candidate(material, rows, recipe, seed, candidate)
+            points.append(_point(material, test, recipe, trained, groups, len(rows)))
         except TrainingError:
             continue
-        figures = classification_figures(
-            trained.scores(material.features[test]), material.labels[test], material.classes
-        )
-        points.append(
-            CurvePoint(groups=len(chosen), windows=len(rows), accuracy=figures.accuracy, f1_macro=figures.f1_macro)
-        )
     return points
+
+
+def _lesser(dataset: WindowSet, split: Split, recipe: Recipe, seed: int) -> Iterator[tuple[int, Int64s]]:
+    """A quarter, a half and so on of what trains, with the number of its groups: of the groups, and where they are few
+    or time divides, of the windows, the newest, which are what a younger lake would have."""
+    mine = dataset.groups[split.train]
+    groups = np.random.default_rng(seed).permutation(np.unique(mine))
+    for share in CURVE_SHARES:
+        if recipe.split.by == "time" or len(groups) < len(CURVE_SHARES):
+            order = split.train[np.argsort(dataset.starts_us[split.train], kind="stable")]
+            rows = np.sort(order[-max(1, round(share * len(order))) :])
+            yield len(np.unique(dataset.groups[rows])), rows
+        else:
+            chosen = groups[: max(1, round(share * len(groups)))]
+            yield len(chosen), split.train[np.isin(mine, chosen)]
+
+
+def _point(material: Material, test: Int64s, recipe: Recipe, trained: Trained, groups: int, windows: int) -> CurvePoint:
+    if material.labels is None:
+        metric = recipe.search.metric
+        value = judge(material, trained, test, find_scorer(metric), metric)
+        return CurvePoint(groups=groups, windows=windows, metric_value=value)
+    scores = trained.scores(material.features[test])
+    figures = classification_figures(scores, material.labels[test], material.classes)
+    return CurvePoint(groups=groups, windows=windows, accuracy=figures.accuracy, f1_macro=figures.f1_macro)
 
 
 def _by_device(
@@ -228,6 +337,7 @@ def step(context: StepContext) -> Outputs:
         "metrics": metrics_of(found),
         "baselines": [_summary(baseline) for baseline in found.baselines],
         "alarms": msgspec.to_builtins(found.alarms),
+        "alarms_unseen": msgspec.to_builtins(found.alarms_unseen),
         "alarms_all": msgspec.to_builtins(found.alarms_all),
         "files": files,
     }
@@ -253,4 +363,8 @@ def _summary(baseline: Baseline) -> dict[str, Any]:
     if baseline.classification is not None:
         figures = baseline.classification
         return {"name": baseline.name, "accuracy": figures.accuracy, "f1_macro": figures.f1_macro}
-    return {"name": baseline.name, "alarms": msgspec.to_builtins(baseline.alarms)}
+    return {
+        "name": baseline.name,
+        "alarms": msgspec.to_builtins(baseline.alarms),
+        "alarms_unseen": msgspec.to_builtins(baseline.alarms_unseen),
+    }

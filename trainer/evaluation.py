@@ -27,12 +27,16 @@ class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):
-    """The chosen candidate, trained on fewer groups."""
+    """The chosen candidate, trained on less, before the same judged windows."""
 
     groups: int
     windows: int
-    accuracy: float
-    f1_macro: float
+    accuracy: float | None = None
+    """Classification."""
+    f1_macro: float | None = None
+    """Classification."""
+    metric_value: float | None = None
+    """Anomaly: the search's metric."""
 
 
 class Baseline(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +45,7 @@ class Baseline(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     classification: ClassificationFigures | None = None
     alarms: AlarmFigures | None = None
+    alarms_unseen: AlarmFigures | None = None
     alarms_all: AlarmFigures | None = None
 
 
@@ -67,6 +72,9 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     classification: ClassificationFigures | None = None
     alarms: AlarmFigures | None = None
     """Over the judged windows."""
+    alarms_unseen: AlarmFigures | None = None
+    """Over the judged windows, and those of every fold that judged in the search: each answered by a model that was
+    fitted without it. More stretches than the judged windows alone have, and none of them seen."""
     alarms_all: AlarmFigures | None = None
     """Over all windows; most of them the detector has seen, without their labels."""
     baselines: list[Baseline] = []
@@ -77,7 +85,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
 
 def metrics_of(evaluation: Evaluation) -> list[dict[str, Any]]:
     """The figures that stand in the manifest: `{name, value, split}` each."""
-    named: dict[str, float | None] = {evaluation.metric: evaluation.metric_value}
+    named: dict[str, float | None] = {}
     if (figures := evaluation.classification) is not None:
         for name in (
             "accuracy",
@@ -94,10 +102,16 @@ def metrics_of(evaluation: Evaluation) -> list[dict[str, Any]]:
             "labelled": float(alarms.labelled),
             "found": float(alarms.found),
             "false_alarms_per_month": alarms.false_alarms_per_month,
+            "labelled_roc_auc": alarms.roc_auc,
+            "labelled_average_precision": alarms.average_precision,
         }
-    return [
-        {"name": name, "value": value, "split": evaluation.split} for name, value in named.items() if value is not None
-    ]
+    split = evaluation.split
+    # What a detector is chosen by says nothing of labelled anomalies, and must not be read so.
+    of_metric = f"{split}, against the same with faults put in" if evaluation.task == "anomaly" else split
+    told = [(evaluation.metric, evaluation.metric_value, of_metric)]
+    known = evaluation.metric if evaluation.metric_value is not None else None
+    told += [(name, value, split) for name, value in named.items() if name != known]
+    return [{"name": name, "value": value, "split": of} for name, value, of in told if value is not None]
 
 
 def anomalies(dataset: WindowSet, recipe: Recipe) -> Bools:

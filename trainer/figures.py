@@ -81,6 +81,8 @@ class AlarmFigures(msgspec.Struct, frozen=True, kw_only=True):
     months: float
     """Time observed."""
     false_alarms_per_month: float
+    false_alarms_per_month_95: tuple[float, float]
+    """Where the true rate lies with 95 % confidence, if false alarms come independently of each other."""
     roc_auc: float | None
     """Over windows; None where none or all are labelled."""
     average_precision: float | None
@@ -185,6 +187,7 @@ def alarm_figures(
             false += not labelled[mine[stretch]].any()
         observed += _covered_us(starts, ends)
     months = observed / MONTH_US
+    low, high = poisson_interval(false)
     return AlarmFigures(
         windows=len(scores),
         labelled=events,
@@ -193,9 +196,29 @@ def alarm_figures(
         false_alarms=false,
         months=months,
         false_alarms_per_month=false / months if months > 0 else 0.0,
+        false_alarms_per_month_95=(low / months, high / months) if months > 0 else (0.0, 0.0),
         roc_auc=_ranking(metrics.roc_auc_score, labelled, scores.astype(np.float64)),
         average_precision=_ranking(metrics.average_precision_score, labelled, scores.astype(np.float64)),
     )
+
+
+def poisson_interval(count: int) -> tuple[float, float]:
+    """Between which means a Poisson count lies with 95 % confidence (Garwood, 1936)."""
+
+    def at_most(most: int, mean: float) -> float:
+        """Probability of a count of at most `most`."""
+        if mean <= 0:
+            return 1.0
+        return math.fsum(math.exp(one * math.log(mean) - mean - math.lgamma(one + 1)) for one in range(most + 1))
+
+    def mean_at(most: int, chance: float) -> float:
+        low, high = 0.0, count + 10.0 * math.sqrt(count + 1.0) + 10.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if at_most(most, middle) > chance else (low, middle)
+        return high
+
+    return (mean_at(count - 1, 0.975) if count else 0.0), mean_at(count, 0.025)
 
 
 def stretches(marked: Bools, starts_us: Int64s, ends_us: Int64s, apart_us: int = 0) -> list[Int64s]:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import msgspec
 
 Verdict = Literal["ok", "warn", "fail"]
+NAMED_MAX = 5
+"""Things that a sentence names."""
 _WORSE: dict[Verdict, int] = {"ok": 0, "warn": 1, "fail": 2}
 
 
@@ -41,6 +43,12 @@ def worst(findings: Sequence[Finding]) -> Verdict:
 def ok(check: str, detail: str, **figures: Any) -> Finding:
     """All is well."""
     return Finding(check=check, verdict="ok", detail=detail, figures=figures)
+
+
+def counted(counts: dict[str, int]) -> str:
+    """The first few of some counts, in words."""
+    shown = ", ".join(f"{name} {count}" for name, count in list(counts.items())[:NAMED_MAX])
+    return shown if len(counts) <= NAMED_MAX else f"{shown} and {len(counts) - NAMED_MAX} more"
 
 
 def readable(report: Report) -> str:

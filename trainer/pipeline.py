@@ -17,7 +17,7 @@ SEARCH = Step(
     "trainer.search:step",
     (DATASET, CHECKS),
     ("task", "window", "features", "families", "search"),
-    after="trainer.search:forget",
+    after="trainer.trials:forget",
 )
 EVALUATE = Step(
     "evaluate",

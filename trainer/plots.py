@@ -14,7 +14,7 @@ from sklearn import metrics
 
 from trainer.evaluation import CurvePoint, DeviceFigures, Drift
 from trainer.figures import ClassificationFigures
-from trainer.search import TrialResult
+from trainer.trials import TrialResult
 
 Float32s = npt.NDArray[np.float32]
 Int64s = npt.NDArray[np.int64]

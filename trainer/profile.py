@@ -31,7 +31,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
     windowed_rows: int
     """Rows that stand in at least one window, labelled or not."""
     duplicates: int
-    """Rows with the `ts` of the row before."""
+    """Rows with a `ts` that the device had before, in whatever epoch."""
     backwards: int
     """Rows with a `ts` before that of the row before."""
     runs: int
@@ -103,7 +103,7 @@ def device_figures(rows: DeviceRows, window: Window) -> dict[str, Any]:
     return {
         "device": rows.device,
         "rows": len(rows.ts_us),
-        "duplicates": int((steps == 0).sum()),
+        "duplicates": len(rows.ts_us) - len(np.unique(rows.ts_us)),
         "backwards": int((steps < 0).sum()),
         "runs": len(runs_of(rows.ts_us, window, rows.epochs).starts),
         "step_us": float(np.median(rising)) if len(rising) else None,

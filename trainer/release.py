@@ -1,6 +1,7 @@
 """The step `release`: what was exported and evaluated becomes a release in the lake, in DRAFT.
 
-Where the recipe's policy says so, the targets are met and the offline keys are at hand, it is approved at once.
+Where the recipe's policy says so, the targets are met and the offline keys are at hand, it is approved at once. Keys
+that cannot approve are refused before anything is published.
 """
 
 from __future__ import annotations
@@ -10,17 +11,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from contract.errors import ConfigurationError
 from contract.models import Artifact, Dataset, Manifest, Metric, Probe, Window
 from lake.approval import Approver, approve
-from lake.releases import Release, Releases, ReleaseState, put_files
-from lake.trust.keys import KeyFolder
-from lake.trust.repository import TrustRepository
+from lake.releases import Releases, put_files
+from trainer.approval import WHO, approver_of
 from trainer.errors import TrainingError
 from trainer.provenance import packages
 from trainer.steps import Outputs, StepContext
 
-WHO = "headwater train"
 Read = TypeVar("Read")
 
 
@@ -88,11 +86,13 @@ def step(context: StepContext) -> Outputs:
 
     Raises:
         TrainingError: an earlier step said what no manifest can hold.
-        ConfigurationError: the manifest cannot be, or the keys are not the right ones.
+        ConfigurationError: the manifest cannot be, or the keys are not the right ones; nothing is published.
+        TemporaryError: it is signed, but no gateway has published that; run the step again.
         StoreUnavailableError: the store did not answer; run the step again.
     """
     exported = _said(context, "export", ExportResult)
     evaluated = _said(context, "evaluate", EvaluateResult)
+    approver, why_not = _approver(context, evaluated)
     releases = Releases(context.store)
     folder = context.folder("export")
     files = {name: folder / getattr(exported, name).file for name in ("model", "probe", "reference")}
@@ -102,11 +102,14 @@ def step(context: StepContext) -> Outputs:
         draft = manifest_of(context, exported, evaluated, artifacts, _parent(releases, context.recipe.name))
         release = releases.publish(draft, who=WHO, why=f"recipe {context.recipe.name}, code {context.code}")
         done(1)
-    approved, why_not = _approved(context, releases, release, evaluated)
+    if approver is not None:
+        release = approve(
+            releases, release.model, release.version, approver, "policy of the recipe: target met"
+        ).release
     return {
         "model": release.model,
         "version": release.version,
-        "state": str(ReleaseState.APPROVED if approved else release.state),
+        "state": str(release.state),
         "not_approved": why_not,
         "sha256": release.manifest.artifact.sha256,
         "manifest_sha256": release.manifest_sha256,
@@ -182,28 +185,12 @@ def _parent(releases: Releases, model: str) -> int | None:
     return versions[-1] if versions else None
 
 
-def _approved(
-    context: StepContext, releases: Releases, release: Release, evaluated: EvaluateResult
-) -> tuple[bool, str]:
-    """Whether it was approved, and why not."""
+def _approver(context: StepContext, evaluated: EvaluateResult) -> tuple[Approver | None, str]:
+    """Who approves at once; None, and why not."""
     if not context.recipe.policy.approve:
-        return False, "[policy] approve is not set"
+        return None, "[policy] approve is not set"
     search = context.recipe.search
     if shortfall := evaluated.shortfall(search.metric, search.target):
-        return False, shortfall
-    if context.keys is None:
-        return False, "no --keys were given"
-    folder = KeyFolder(context.keys, context.passphrase)
-    try:
-        approver = Approver(
-            trust=TrustRepository(context.store, anchor=folder.anchor()),
-            targets=folder.read_if_any("targets"),
-            online=folder.read_if_any("online"),
-            who=WHO,
-        )
-        approve(releases, release.model, release.version, approver, "policy of the recipe: target met")
-    except ConfigurationError as error:
-        raise ConfigurationError(
-            f"release {release.name} is in the lake as a draft, but not approved: {error}"
-        ) from error
-    return True, ""
+        return None, shortfall
+    approver = approver_of(context)
+    return approver, "no --keys were given" if approver is None else ""

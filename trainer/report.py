@@ -13,9 +13,9 @@ from trainer.candidates import Trained
 from trainer.evaluation import Evaluation, anomalies
 from trainer.figures import AlarmFigures, ClassificationFigures
 from trainer.material import Material
-from trainer.search import SearchResult
 from trainer.split import Split
 from trainer.steps import StepContext
+from trainer.trials import SearchResult
 
 TRIALS_SHOWN_MAX = 30
 DEVICES_SHOWN_MAX = 3

@@ -5,15 +5,11 @@ and one of them may win. Then Optuna draws (TPE: Bergstra and others, 2011), fol
 behind the median of the trials before (`MedianPruner`). A trial that cannot be fitted is a failed trial with its
 reason; when every trial failed, the step fails with theirs.
 
-Each trial is kept in a journal in the work folder as it ends, so a search that was killed goes on where it stood. The
-journal goes when its search is published, or when another search begins.
+Each trial is kept as it ends (`trainer.trials`), so a search that was killed goes on where it stood.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,60 +20,26 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import optuna
-import structlog
-from optuna.exceptions import OptunaError
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from trainer.candidates import Candidate, Scorer, Trained, find_scorer, judge, train
 from trainer.errors import DataError, TrainingError
 from trainer.families import spaces_of
 from trainer.material import Material, make_material
-from trainer.provenance import packages, source_sha256
 from trainer.recipe import Range, Recipe, Scalar, Space
 from trainer.selection import rank
 from trainer.split import Split
 from trainer.steps import Outputs, StepContext
-from trainer.windowset import WindowSet
-
-_log = structlog.get_logger()
+from trainer.trials import SearchResult, TrialResult, journal_for, open_study, results_of
 
 Int64s = npt.NDArray[np.int64]
 Clock = Callable[[], float]
 
 MODEL_FILE = "estimator.joblib"
 RESULT_FILE = "search.json"
-JOURNAL_FILE = ".search.journal"
 SHARE_MIN = 0.15
 """Of the features that are left, the fewest that a trial is given."""
 ERRORS_TOLD_MAX = 3
-
-
-class TrialResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One candidate and what became of it."""
-
-    candidate: Candidate
-    state: Literal["scored", "pruned", "failed"]
-    tuned: bool
-    score: float | None = None
-    """Mean of the metric over all folds; higher is better."""
-    folds: list[float] = []
-    error: str = ""
-
-
-class SearchResult(msgspec.Struct, frozen=True, kw_only=True):
-    """How a search ended: `search.json`."""
-
-    metric: str
-    best: TrialResult
-    baseline: TrialResult | None
-    """The best family as it comes."""
-    stopped: Literal["target", "trials", "seconds"]
-    trials: list[TrialResult]
-    features: tuple[str, ...] = ()
-    """Names of the features of the chosen model, in the order of the graph."""
-    threshold: float | None = None
 
 
 class _Pruned(Exception):
@@ -190,10 +152,10 @@ def search(
     spaces = spaces_of(recipe.task, recipe.families)
     folds = _Folds(material, split, recipe, find_scorer(recipe.search.metric), seed, clock)
     check_folds(material, split)
-    study = _open_study(journal, recipe, seed)
+    study = open_study(journal, seed)
     began, spent = clock(), float(study.user_attrs.get("spent_s", 0.0))
     stopped: Literal["target", "trials", "seconds"] = "trials"
-    results = _results(study, recipe)
+    results = results_of(study)
     done(len(results))
     waiting = [name for name in spaces if f"untuned:{name}" not in study.user_attrs]
     while len(results) < max(recipe.search.trials, len(spaces)):
@@ -211,7 +173,7 @@ def search(
         else:
             _try_tuned(study, folds, spaces, recipe)
         study.set_user_attr("spent_s", spent + clock() - began)
-        results = _results(study, recipe)
+        results = results_of(study)
         done(1)
     best, trained = _first_that_fits(results, folds)
     untuned = [result for result in results if not result.tuned and result.score is not None]
@@ -301,81 +263,6 @@ def _number(trial: optuna.Trial, key: str, space: Range) -> float | int:
     return trial.suggest_float(key, float(space.low), float(space.high), step=space.step, log=space.log)
 
 
-def _results(study: optuna.Study, recipe: Recipe) -> list[TrialResult]:
-    """What has ended so far, the untuned families first."""
-    found = [
-        msgspec.convert(value, TrialResult) for key, value in study.user_attrs.items() if key.startswith("untuned:")
-    ]
-    states: dict[TrialState, Literal["scored", "pruned", "failed"]] = {
-        TrialState.COMPLETE: "scored",
-        TrialState.PRUNED: "pruned",
-        TrialState.FAIL: "failed",
-    }
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state not in states or "candidate" not in trial.user_attrs:
-            continue
-        found.append(
-            TrialResult(
-                candidate=msgspec.convert(trial.user_attrs["candidate"], Candidate),
-                state=states[trial.state],
-                tuned=True,
-                score=trial.value if trial.state is TrialState.COMPLETE else None,
-                folds=trial.user_attrs.get("folds", []),
-                error=trial.user_attrs.get("error", ""),
-            )
-        )
-    return found
-
-
-def _open_study(journal: Path | None, recipe: Recipe, seed: int) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = _study(None) if journal is None else _resumed(journal, recipe)
-    # A search that goes on must not draw again what it drew before.
-    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.get_trials(deepcopy=False)))
-    return study
-
-
-def _study(storage: JournalStorage | None) -> optuna.Study:
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=0)
-    return optuna.create_study(
-        storage=storage, study_name="search", direction="maximize", load_if_exists=True, pruner=pruner
-    )
-
-
-def _resumed(journal: Path, recipe: Recipe) -> optuna.Study:
-    """The study of a journal. What a power cut or a full disk left of a last line is cut off; a journal that is
-    damaged otherwise is dropped, and with it the trials it held."""
-    # One process works in the folder at a time (`trainer.files.locked`): a lock that is there was left by a kill.
-    Path(f"{journal}.lock").unlink(missing_ok=True)
-    if journal.exists():
-        content = journal.read_bytes()
-        os.truncate(journal, content.rfind(b"\n") + 1)
-    try:
-        study = _study(JournalStorage(JournalFileBackend(str(journal))))
-        _results(study, recipe)
-    except (ValueError, LookupError, TypeError, AssertionError, msgspec.DecodeError, OptunaError) as error:
-        _log.warning("search_journal_dropped", journal=str(journal), error=f"{type(error).__name__}: {error}"[:300])
-        journal.unlink()
-        study = _study(JournalStorage(JournalFileBackend(str(journal))))
-    return study
-
-
-def journal_for(work: Path, dataset: WindowSet, recipe: Recipe, seed: int) -> Path:
-    """The journal of just these inputs, this code and these packages; those of any others are removed.
-
-    Raises:
-        OSError: the disk refused.
-    """
-    parts = [getattr(recipe, name) for name in ("task", "features", "families", "search", "split", "window")]
-    inputs = [dataset.sha256(), seed, msgspec.to_builtins(parts), source_sha256(), packages()]
-    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    wanted = work / f"{JOURNAL_FILE}.{digest[:16]}"
-    for path in work.glob(f"{JOURNAL_FILE}.*"):
-        if not path.name.startswith(wanted.name):
-            path.unlink(missing_ok=True)
-    return wanted
-
-
 def step(context: StepContext) -> Outputs:
     """Search, and leave the chosen model: `search.json`, `estimator.joblib`, `features.npy`."""
     recipe, dataset, split = context.recipe, context.windows(), context.split()
@@ -400,16 +287,6 @@ def step(context: StepContext) -> Outputs:
         "trials": len(result.trials),
         "stopped": result.stopped,
     }
-
-
-def forget(context: StepContext) -> None:
-    """Remove the journal of a search that is published.
-
-    Raises:
-        OSError: the disk refused.
-    """
-    for path in context.work.glob(f"{JOURNAL_FILE}.*"):
-        path.unlink(missing_ok=True)
 
 
 def load_result(context: StepContext) -> tuple[SearchResult, Trained]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from contract.errors import ConfigurationError, TemporaryError
 from trainer.recipe import Recipe
-from trainer.search import SearchResult
+from trainer.trials import SearchResult
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 

@@ -115,11 +115,14 @@ def run(
     With --json one line per step.
     """
     with _trainer("headwater train run"):
+        from trainer.approval import approver_of
         from trainer.pipeline import STEPS
     for option, name in (("--until", until), *(("--force", one) for one in force or ())):
         if name is not None and name not in STEPS:
             raise ConfigurationError(f"{option} {name!r} is no step; choose of {', '.join(STEPS)}")
     with _context(recipe, lake, data, work, keys=keys, json=json) as context:
+        if until in (None, "release"):
+            approver_of(context)  # keys that will not do are refused now, not after hours
         for name, step in STEPS.items():
             _tell(_run(context, step, force=name in (force or ()), keep_pins=resume, json=json), json=json)
             if name == until:
@@ -153,7 +156,7 @@ def watch(
         from headwater.lake_access import opened_store
         from headwater.retraining import make_retrainer, sayer
         from headwater.retraining import watch as watch_until
-        from trainer.recipe import load_recipe
+        from trainer.recipe_file import load_recipe
 
     name = load_recipe(recipe).name
     with opened_store(lake, data, os.environ) as store, stopping() as stop:
@@ -207,7 +210,7 @@ def _context(
     from trainer.files import locked
     from trainer.progress import NOBODY
     from trainer.provenance import revision
-    from trainer.recipe import load_recipe
+    from trainer.recipe_file import load_recipe
     from trainer.steps import StepContext
 
     recipe = load_recipe(path)
@@ -267,6 +270,8 @@ def _tell(ran: Ran, *, json: bool) -> None:
     done = "skipped, its inputs are as they were" if ran.skipped else f"done in {record.seconds:.1f} s"
     output.say(f"{record.step}: {done}")
     output.say_pairs({f"  {name}": value for name, value in record.outputs.items() if _is_short(value)})
+    if record.outputs.get("state") == "draft":
+        output.say(f"  next: headwater release approve {record.outputs['model']}@{record.outputs['version']}")
     for finding in record.outputs.get("findings", ()):
         if finding["verdict"] != "ok":
             output.say(f"  {finding['verdict']}: {finding['check']}: {finding['detail']}. {finding['remedy']}")

@@ -49,7 +49,8 @@ from trainer.families import FAMILIES, labels_of
 from trainer.material import Material, make_material
 from trainer.pipeline import DATASET
 from trainer.predict import predict
-from trainer.recipe import Recipe, parse_recipe
+from trainer.recipe import Recipe
+from trainer.recipe_file import parse_recipe
 from trainer.runtime import open_session, run_model
 from trainer.search import fit_candidate
 from trainer.split import Split

@@ -25,7 +25,7 @@ from lake.trust.keys import KeyFolder
 from tests.integration import trainer_lake
 from tests.integration.trainer_lake import START_US, bring_in, bring_in_walkers, open_lake
 from trainer import retrain
-from trainer.recipe import load_recipe
+from trainer.recipe_file import load_recipe
 from trainer.retrain import Comparison, Retrainer
 from trainer.steps import StepContext
 

@@ -26,7 +26,7 @@ from tests.integration.servers import PATIENCE_S, wait_until
 from tests.integration.trainer_lake import RECIPE, START_US, STEP_US, bring_in, bring_in_walkers, open_lake
 from trainer.errors import ChecksFailedError, DataError, RecipeError
 from trainer.pipeline import CHECKS, DATASET
-from trainer.recipe import load_recipe
+from trainer.recipe_file import load_recipe
 from trainer.steps import Ran, StepContext, run_step
 from trainer.windowset import WindowSet
 

@@ -15,7 +15,7 @@ from lake.store import Store
 from simulators.recordings import LABELS_STREAM, STREAM, by_device, labels_table, load_watch, watch_table
 from tests.integration.trainer_lake import START_US, bring_in, open_lake
 from trainer.pipeline import CHECKS, DATASET
-from trainer.recipe import load_recipe
+from trainer.recipe_file import load_recipe
 from trainer.steps import StepContext, run_step
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -12,17 +12,20 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
-from tests.window_sets import drawn_recipe, drawn_windows, machine_recipe, machine_windows, watch_recipe, watch_windows
-from trainer import evaluate, export, search, tracking
+from tests.window_sets import drawn_recipe, drawn_windows, machine_windows, watch_recipe, watch_windows
+from trainer import evaluate, export, search, tracking, trials
 from trainer.errors import StepNotReadyError
 from trainer.pipeline import EVALUATE
 from trainer.recipe import Report, Search, SplitRule
+from trainer.recipe_file import load_recipe
 from trainer.split import save_split, split_windows
 from trainer.steps import StepContext
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS, STRIDE = 256, 128
 
 
@@ -87,7 +90,7 @@ def test_exercises_of_people_never_seen_are_told_apart(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "export").iterdir()} - {"outputs.json"} == {
         *("model.onnx", "probe.arrow", "reference.json")
     }
-    assert len(list(tmp_path.glob(f"{search.JOURNAL_FILE}.*"))) == 1  # until the search is published
+    assert len(list(tmp_path.glob(f"{trials.JOURNAL_FILE}.*"))) == 1  # until the search is published
     figures = json.loads((tmp_path / "evaluate" / "evaluation.json").read_text())
     judged = {device["device"].split("-")[1] for device in figures["devices"]}
     learned = set(dataset.groups.tolist()) - judged
@@ -124,13 +127,15 @@ class References(HTMLParser):
 
 @pytest.mark.timeout(300)
 def test_failures_of_a_machine_are_found_with_fewer_false_alarms_than_a_rolling_z_score(tmp_path: Path) -> None:
-    dataset = machine_windows(72, 12)
-    recipe = machine_recipe(72, 12, report=Report(html=True))
+    """By the recipe of the example, with a shorter search."""
+    asked = load_recipe(EXAMPLES / "machine-temperature" / "recipe.toml")
+    dataset = machine_windows(asked.window.rows, asked.window.stride)
+    recipe = msgspec.structs.replace(asked, search=msgspec.structs.replace(asked.search, trials=6))
     found = run(tmp_path, dataset, recipe)
-    judged, everything = found["evaluate"]["alarms"], found["evaluate"]["alarms_all"]
+    judged, unseen, everything = (found["evaluate"][name] for name in ("alarms", "alarms_unseen", "alarms_all"))
     figures = json.loads((tmp_path / "evaluate" / "evaluation.json").read_text())
     rolling = next(one for one in figures["baselines"] if one["name"] == "rolling z-score")
-    print(found["search"]["family"], judged, everything, rolling, sep="\n")
+    print(found["search"]["family"], judged, unseen, everything, rolling, sep="\n")
     assert (judged["labelled"], judged["found"]) == (1, 1)
     assert (everything["labelled"], rolling["alarms_all"]["labelled"]) == (4, 4)
     assert everything["found"] >= rolling["alarms_all"]["found"]
@@ -144,8 +149,8 @@ def test_failures_of_a_machine_are_found_with_fewer_false_alarms_than_a_rolling_
 def test_runs_go_to_mlflow_only_where_its_uri_is_set_and_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, metrics = watch_recipe(16, 16), [{"name": "accuracy", "value": 0.9, "split": "test"}]
     candidate = search.Candidate(family="extra_trees", params={"n_estimators": 10})
-    trial = search.TrialResult(candidate=candidate, state="scored", tuned=True, score=0.9)
-    result = search.SearchResult(metric="f1_macro", best=trial, baseline=None, stopped="trials", trials=[trial])
+    trial = trials.TrialResult(candidate=candidate, state="scored", tuned=True, score=0.9)
+    result = trials.SearchResult(metric="f1_macro", best=trial, baseline=None, stopped="trials", trials=[trial])
     assert tracking.log_run(recipe, result, metrics, [], {}) is None
 
     def missing(name: str):

@@ -11,8 +11,9 @@ import pytest
 
 from contract.models import Window
 from tests.unit.trainer_sets import STEP_US, recipe, window_set, with_labels
-from trainer.checks import check_rows, check_split
+from trainer.checks import check_rows
 from trainer.findings import Finding, Report, readable, worst
+from trainer.leakage import check_split
 from trainer.profile import DeviceProfile, FieldProfile, Profile, device_figures, field_profiles
 from trainer.progress import NOBODY
 from trainer.rows import DeviceRows
@@ -21,7 +22,7 @@ from trainer.split import Split, split_windows
 GROUPS = {f"g{number}": 40 for number in range(8)}
 EVERY_CHECK = (
     *("schema", "size", "missing", "infinite", "ranges", "duplicates", "order", "gaps", "rate", "stuck", "labels"),
-    *("groups", "leakage", "classes"),
+    *("dropped", "groups", "leakage", "classes"),
 )
 RECIPE = recipe(split={"by": "group", "group": "."})
 DEVICE = DeviceProfile(
@@ -83,6 +84,9 @@ def test_sound_data_passes_every_check() -> None:
         ("duplicates", {"device": {"duplicates": 100}}, "fail", ("10.00%", "QUALIFY")),
         ("order", {"device": {"backwards": 3}}, "warn", ("3 times", "clock")),
         ("gaps", {"device": {"windowed_rows": 400, "runs": 30}}, "fail", ("29 gaps", "60.0%", "gap_s")),
+        ("gaps", {"device": {"windowed_rows": 880, "runs": 9}}, "warn", ("8 gaps", "12.0%", "gap_s")),
+        ("dropped", {"device": {"dropped_mixed": 30, "dropped_unlabelled": 320}}, "warn", ("30 windows", "320", "52%")),
+        ("dropped", {"device": {"dropped_mixed": 300}}, "ok", ("300 windows", "48%")),
         ("stuck", {"field": {"stuck_s": 100.0, "stuck_rows": 100}}, "warn", ("x of g0", "100 s", "10%")),
         ("stuck", {"field": {"stuck_s": 600.0, "stuck_rows": 600}}, "fail", ("60%", "stuck_s")),
     ],
@@ -94,6 +98,30 @@ def test_what_is_wrong_with_the_rows_is_found(
     assert found.verdict == verdict
     said = f"{found.detail} {found.remedy}"
     assert [word for word in words if word not in said] == [], said
+
+
+def test_one_dead_sensor_among_many_is_named() -> None:
+    """Of fifty devices one sends nothing but null: 2 in 100 values of the field are missing, and all of that device."""
+    others = [{"device": f"g{number}"} for number in range(50)]
+    quiet = recipe(split={"by": "group", "group": "."}, checks={"missing_share_warn": 0.05})
+    whole = profile(None, *others)
+    dead = msgspec.structs.replace(FIELD, device="g7", nulls=1_000)
+    found = finding(
+        "missing",
+        check_rows(quiet, window_set(GROUPS), Profile(devices=whole.devices, fields=[*whole.fields, dead]), 0),
+    )
+    assert found.verdict == "warn"
+    assert found.figures["dead"] == ["g7/x"]
+    assert "2.00% of a field" in found.detail
+    assert "more than 50% of x of g7" in found.detail
+    assert "device out in [data] sql" in found.remedy
+
+
+def test_readings_that_a_restored_buffer_sent_again_are_duplicates() -> None:
+    """The same moments in two epochs: no reading has the ts of the one before it, and every one is there twice."""
+    ts = np.tile(np.arange(10), 2) * STEP_US
+    rows = DeviceRows("a", ts, np.ones((20, 1), np.float32), np.array([10]), np.zeros(1, np.int64))
+    assert device_figures(rows, RECIPE.window)["duplicates"] == 10
 
 
 def test_a_device_of_another_rate_is_found() -> None:

@@ -16,6 +16,7 @@ from trainer.figures import (
     alarm_figures,
     calibration,
     classification_figures,
+    poisson_interval,
     population_stability,
     rolling_z,
     stretches,
@@ -88,6 +89,23 @@ def test_alarms_and_labelled_stretches_are_counted_as_by_hand() -> None:
     assert (found.alarms, found.false_alarms) == (4, 3)
     assert found.months == pytest.approx((30.5 + 10.5) * day / MONTH_US)
     assert found.false_alarms_per_month == pytest.approx(3 / found.months)
+
+
+@pytest.mark.parametrize(
+    ("count", "low", "high"), [(0, 0.0, 3.6889), (1, 0.0253, 5.5716), (5, 1.6235, 11.6683), (100, 81.3640, 121.6268)]
+)
+def test_the_interval_of_a_count_is_that_of_the_tables(count: int, low: float, high: float) -> None:
+    assert poisson_interval(count) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_a_rate_of_false_alarms_is_told_with_its_interval() -> None:
+    flagged, nobody = np.array([True, False, True, False]), np.zeros(4, bool)
+    starts = np.arange(4) * 1_000_000_000_000
+    ends = starts + int(MONTH_US / 4)  # a month in all
+    found = alarm_figures(flagged.astype(np.float32), flagged, nobody, np.array(["a"] * 4), starts, ends)
+    assert found.months == pytest.approx(1.0, abs=0.6)
+    low, high = (bound * found.months for bound in found.false_alarms_per_month_95)
+    assert (low, high) == (pytest.approx(0.2422, abs=1e-4), pytest.approx(7.2247, abs=1e-4))
 
 
 def test_a_rolling_z_score_sees_a_leap_of_the_newest_readings() -> None:

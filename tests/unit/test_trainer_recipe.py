@@ -12,7 +12,8 @@ import pytest
 
 from contract.errors import ConfigurationError
 from headwater.learning.recipe import demo_recipe
-from trainer.recipe import Range, load_recipe, parse_recipe
+from trainer.recipe import Range
+from trainer.recipe_file import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
 MINIMAL: dict[str, Any] = tomllib.loads(

@@ -14,6 +14,7 @@ from contract.errors import ConfigurationError
 from contract.models import target_path
 from lake.approval import Approver, approve
 from lake.releases import Releases, ReleaseState
+from lake.trust.keys import KeyFolder, generate_key, write_key
 from tests.trust_world import World
 from tests.unit.trainer_sets import recipe
 from trainer.errors import TrainingError
@@ -141,10 +142,46 @@ def test_a_policy_approves_where_the_target_is_met_and_keys_are_at_hand(context:
     assert target_path(context.recipe.name, 1) in world.repository().published().targets.targets
 
 
-def test_wrong_keys_leave_a_draft_and_say_so(context: StepContext, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="as a draft, but not approved"):
-        step(with_policy(replace(context, keys=tmp_path / "nothing"), 0.8, approve=True))
-    assert Releases(context.store).look().get(context.recipe.name, 1).state is ReleaseState.DRAFT
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("no folder", "targets.pem cannot be read"),
+        ("no anchor", "root.json is not beside them"),
+        ("encrypted", "is encrypted; set HEADWATER_KEY_PASSPHRASE"),
+        ("a stranger's", "is not the key that the lake names in root version 1"),
+        ("a stranger's online", "online.pem is not the key that the lake names"),
+        ("another lake's", "if root.json is that of another lake, name the folder of this lake"),
+    ],
+)
+def test_keys_that_cannot_approve_are_refused_before_anything_is_published(
+    context: StepContext, world: World, damage: str, words: str
+) -> None:
+    """A draft that stays behind would be taken for one that somebody wanted."""
+    keys = world.keys
+    if damage == "no folder":
+        keys = KeyFolder(world.folder / "nothing")
+    elif damage == "no anchor":
+        keys.anchor_path.unlink()
+    elif damage == "another lake's":
+        (world.folder / "other").mkdir()
+        keys = World(world.folder / "other").keys
+    else:
+        name = "online" if damage.endswith("online") else "targets"
+        key = world.targets if damage == "encrypted" else generate_key()
+        keys.file(name).unlink()
+        write_key(keys.file(name), key, b"secret" if damage == "encrypted" else None)
+    with pytest.raises(
+        ConfigurationError, match=r"\[policy\] approve = true, and the keys in .* cannot approve"
+    ) as said:
+        step(with_policy(replace(context, keys=keys.path), 0.8, approve=True))
+    assert words in str(said.value)
+    assert Releases(context.store).look().releases == {}
+    assert not (world.folder / "lake" / "models" / "artifacts").exists()
+
+
+def test_keys_are_not_looked_at_where_the_target_is_missed(context: StepContext, tmp_path: Path) -> None:
+    missed = with_policy(replace(context, keys=tmp_path / "nothing"), 0.95, approve=True)
+    assert step(missed)["state"] == "draft"
 
 
 def test_a_step_that_said_something_else_is_to_be_run_again(context: StepContext) -> None:

@@ -18,16 +18,16 @@ import structlog
 
 from contract.errors import ConfigurationError
 from tests.window_sets import drawn_recipe, drawn_windows
-from trainer import families, search, windowset
+from trainer import families, search, trials, windowset
 from trainer.candidates import Candidate, judge
 from trainer.errors import DataError, RecipeError, TrainingError
 from trainer.families import FAMILIES, Family, spaces_of
 from trainer.faults import inject, spread
 from trainer.material import Material, class_indices, make_material
 from trainer.recipe import Features, Range, Search
-from trainer.search import JOURNAL_FILE, journal_for
 from trainer.selection import rank
 from trainer.split import Fold, Split, split_windows
+from trainer.trials import JOURNAL_FILE, journal_for
 
 QUICK = {"logistic_regression": {"C": Range(low=0.01, high=10.0, log=True)}, "extra_trees": {"n_estimators": 10}}
 
@@ -118,14 +118,14 @@ def test_a_search_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path, monkeyp
     search.search(material, split, recipe, 1, journal=journal)
     with journal.open("ab") as file:
         file.write(b'{"op_code":4,"wor')
-    lock, backend = tmp_path / "journal.lock", search.JournalFileBackend
+    lock, backend = tmp_path / "journal.lock", trials.JournalFileBackend
     lock.symlink_to(journal)
 
     def free_at_once(path: str) -> Any:
         assert not lock.is_symlink(), "Optuna would wait for it"
         return backend(path)
 
-    monkeypatch.setattr(search, "JournalFileBackend", free_at_once)
+    monkeypatch.setattr(trials, "JournalFileBackend", free_at_once)
     fitted, whole = count(), search.train
     monkeypatch.setattr(search, "train", lambda *arguments: (next(fitted), whole(*arguments))[1])
     result, _ = search.search(material, split, recipe, 1, journal=journal)
@@ -154,9 +154,9 @@ def test_a_damaged_journal_is_dropped_and_said(damage: str, tmp_path) -> None:
 def test_a_search_is_not_continued_by_other_code_or_other_packages(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset, recipe = drawn_windows(), recipe_with()
     found = [journal_for(tmp_path, dataset, recipe, 1)]
-    monkeypatch.setattr(search, "source_sha256", lambda: "0" * 64)
+    monkeypatch.setattr(trials, "source_sha256", lambda: "0" * 64)
     found.append(journal_for(tmp_path, dataset, recipe, 1))
-    monkeypatch.setattr(search, "packages", lambda: {"scikit-learn": "0"})
+    monkeypatch.setattr(trials, "packages", lambda: {"scikit-learn": "0"})
     found.append(journal_for(tmp_path, dataset, recipe, 1))
     assert len(set(found)) == 3
 

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from trainer.recipe import Recipe, parse_recipe
+from trainer.recipe import Recipe
+from trainer.recipe_file import parse_recipe
 from trainer.windowset import WindowMeta, WindowSet
 
 STEP_US = 20_000
