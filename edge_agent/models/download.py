@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +20,12 @@ from contract.models import Artifact
 CHUNK_BYTES = 64 * 1024
 REDIRECTS_MAX = 3
 ETAG_CHARS_MAX = 200
+TURN_S = 600.0
+"""Longest attempt, seconds, where the server can go on from there: other models of the device wait for their turn."""
+SLOW_S, SLOW_BYTES = 60.0, 4 * 1024
+"""A server that gives fewer bytes in so many seconds only holds the line."""
 _OK, _PARTIAL, _RANGE_WRONG = 200, 206, 416
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", re.ASCII)
 
 
 class Cancel(threading.Event):
@@ -149,11 +156,18 @@ def _fetch(url: str, artifact: Artifact, collected: _Collected, timeouts: Timeou
 def _begin(response: Any, url: str, artifact: Artifact, collected: _Collected) -> None:
     """Judge the answer's head; what is there already and does not count is dropped."""
     have = collected.size
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding.strip().lower() not in ("", "identity"):
+        # Its bytes are not those that have a hash, and half of them is no use either.
+        collected.drop()
+        raise DownloadError(f"{url}: sent as {encoding[:40]!r}, though not asked for; let the host send it as it is")
     if response.status == _PARTIAL:
-        if response.headers.get("Content-Range", "") != f"bytes {have}-{artifact.size - 1}/{artifact.size}":
+        shown = response.headers.get("Content-Range", "")
+        if not _goes_on(shown, have, artifact.size):
             collected.drop()
-            shown = response.headers.get("Content-Range")
-            raise DownloadError(f"{url}: asked for {have}- of {artifact.size} bytes, got {shown!r}; it begins anew")
+            raise DownloadError(
+                f"{url}: asked for {have}- of {artifact.size} bytes, got {shown[:80]!r}; it begins anew"
+            )
         return
     if response.status == _RANGE_WRONG:
         collected.drop()
@@ -170,18 +184,53 @@ def _begin(response: Any, url: str, artifact: Artifact, collected: _Collected) -
         collected.tag.write_text(etag, "ascii")
 
 
+def _goes_on(content_range: str, have: int, size: int) -> bool:
+    """Whether a part is the next one; it may be shorter than was asked for (RFC 9110, 15.3.7): the rest follows."""
+    found = _CONTENT_RANGE.fullmatch(content_range.strip())
+    return found is not None and (
+        int(found[1]) == have and have <= int(found[2]) < size and found[3] in ("*", str(size))
+    )
+
+
 def _receive(response: Any, url: str, artifact: Artifact, collected: _Collected, cancel: Cancel) -> None:
+    resumable = response.status == _PARTIAL or response.headers.get("Accept-Ranges") == "bytes"
+    pace = _Pace(url, collected.size, resumable=resumable)
     with collected.path.open("ab") as file:
-        for chunk in response.stream(CHUNK_BYTES):
+        # What has come is taken at once: of a whole chunk, a connection that breaks would take all away again.
+        while chunk := response.read1(CHUNK_BYTES):
             if cancel.is_set():
                 break
             if collected.size + len(chunk) > artifact.size:
                 raise DownloadError(f"{url}: more than {artifact.size} bytes; is there a portal or proxy in between?")
             file.write(chunk)
             collected.add(chunk)
+            if collected.size < artifact.size:
+                pace.check(collected.size)
     if collected.size < artifact.size:
         why = "it was not wanted any more" if cancel.is_set() else "the connection ended; the rest follows"
         raise DownloadError(f"{url}: {collected.size} of {artifact.size} bytes: {why}")
+
+
+class _Pace:
+    """Ends an attempt that would hold the line for ever, though it is never silent."""
+
+    def __init__(self, url: str, size: int, *, resumable: bool) -> None:
+        self._url, now_s = url, time.monotonic()
+        self._turn_ends_s = now_s + TURN_S if resumable else None
+        self._looked_s, self._looked_size = now_s, size
+
+    def check(self, size: int) -> None:
+        """Raises DownloadError."""
+        now_s = time.monotonic()
+        if self._turn_ends_s is not None and now_s > self._turn_ends_s:
+            raise DownloadError(f"{self._url}: {size} bytes after {TURN_S:g} s; the rest follows in another turn")
+        if now_s - self._looked_s < SLOW_S:
+            return
+        if size - self._looked_size < SLOW_BYTES:
+            raise DownloadError(
+                f"{self._url}: fewer than {SLOW_BYTES} bytes in {SLOW_S:g} s; is the network, or the host, so slow?"
+            )
+        self._looked_s, self._looked_size = now_s, size
 
 
 def _shut(response: Any) -> None:
