@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import structlog
@@ -19,12 +18,13 @@ from contract.errors import HeadwaterError, TemporaryError
 from contract.names import shard_of
 from gateway.access import Kept, LakeAccess
 from gateway.ingress import wall_us
+from gateway.learning import Learning
 from gateway.metrics import GatewayMetrics
+from gateway.release_gauges import ReleaseGauges
 from gateway.settings import MonitoringSettings
 from gateway.watch import LakeHealth, WatchedThread
-from lake.catalog import Catalog
 from lake.errors import UnknownStreamError
-from lake.monitoring.accuracy import Accuracy, measure, read_labels, read_predictions
+from lake.monitoring.accuracy import accuracy_of
 from lake.monitoring.alerts import (
     CLOSED,
     SILENT_H,
@@ -37,10 +37,10 @@ from lake.monitoring.alerts import (
     judge_accuracy,
     over,
 )
-from lake.monitoring.due import current, due, rows_at, trained_version
+from lake.monitoring.due import approved
 from lake.monitoring.observe import Bounds, Figures
-from lake.monitoring.triggers import TriggerTable
-from lake.monitoring.watch import ModelWatch, References, Watched
+from lake.monitoring.triggers import NEVER, Ended, TriggerTable
+from lake.monitoring.watch import ModelWatch, References
 from lake.releases import ReleaseBook, ReleaseState
 
 _log = structlog.get_logger()
@@ -89,18 +89,17 @@ class Monitoring:
         self._references = References(Kept(access, access.open_releases))
         self._alerts = AlertTable(Kept(access, access.open_alerts), gateway, clock_us)
         self._triggers = TriggerTable(Kept(access, access.open_triggers), gateway, clock_us)
-        self._lake = Kept(access, access.open_lake)
+        self._learning = Learning(access, self._references, self._triggers, metrics, clock_us)
+        self._gauges = ReleaseGauges(metrics)
         self._watches: dict[str, ModelWatch] = {}
         self._generation = -1
         self._hysteresis = Hysteresis()
         self._open: dict[Key, Alert] = {}
         self._latest: dict[str, dict[str, Figures]] = {}
-        self._trained_rows: dict[tuple[str, int], int | None] = {}
         self._judged_s: float | None = None
-        self._heard_us: dict[Key, int] = {}
-        """When windows came of what has an alert open; the start of this process, where none came since."""
+        self._heard_us: dict[tuple[str, int, str], int] = {}
+        """When windows came last, by model, release and device; the start of this process, where none came since."""
         self._started_us = clock_us()
-        self._catalog: tuple[int, Catalog] | None = None
         self._told: dict[str, str] = {}
         self._failures = 0
         self._stopping = threading.Event()
@@ -146,11 +145,12 @@ class Monitoring:
             book = self._references.refresh()
             self._open = self._alerts.open()
             self._follow(book)
-            ended_us = self._triggers.ended()
+            self._close_of_retired(book)
+            ended = self._triggers.ended()
             judging = self._is_time_to_judge()
             for model, watch in self._watches.items():
-                self._guarded(model, functools.partial(self._watch_one, book, watch, judging, ended_us.get(model, 0)))
-            self._expose_alerts()
+                self._guarded(model, functools.partial(self._watch_one, watch, judging, ended.get(model, NEVER)))
+            self._gauges.show_alerts(self._open)
         except TemporaryError as error:
             self._metrics.store_errors.inc()
             self._health.failed(error)
@@ -182,11 +182,11 @@ class Monitoring:
         else:
             self._tell(model, "")
 
-    def _watch_one(self, book: ReleaseBook, watch: ModelWatch, judging: bool, ended_us: int) -> None:
+    def _watch_one(self, watch: ModelWatch, judging: bool, ended: Ended) -> None:
         self._measure(watch)
         if judging:
             self._judge(watch.model)
-        self._request(book, watch.model, ended_us)
+        self._learning.ask(watch.model, self._open.values(), ended)
 
     def _follow(self, book: ReleaseBook) -> None:
         """Watch the models that have releases, and no others."""
@@ -194,7 +194,7 @@ class Monitoring:
         if generation != self._generation:
             # New credentials: the old store is of no use.
             self._watches, self._latest, self._generation = {}, {}, generation
-        alive = {release.model for release in book.releases.values() if release.state is not ReleaseState.RETIRED}
+        alive = _alive(book)
         for model in sorted(alive - self._watches.keys()):
             if len(self._watches) < MODELS_MAX:
                 self._watches[model] = ModelWatch(
@@ -202,6 +202,20 @@ class Monitoring:
                 )
         for model in self._watches.keys() - alive:
             del self._watches[model]
+            self._latest.pop(model, None)
+            self._told.pop(model, None)
+            self._gauges.forget(model)
+
+    def _close_of_retired(self, book: ReleaseBook) -> None:
+        """Nobody would look at these again."""
+        alive = _alive(book)
+        self._record(
+            [
+                (CLOSED, over(alert, "every release of the model is retired"))
+                for alert in self._open.values()
+                if alert.key.model not in alive and self._is_mine(alert.key.device)
+            ]
+        )
 
     def _is_mine(self, device: str) -> bool:
         return shard_of(device) in self._owned
@@ -211,18 +225,19 @@ class Monitoring:
         self.thread.beat()
         self._metrics.monitoring_rows.inc(watch.read(self._settings.rows_max))
         changes: list[tuple[str, Finding]] = []
-        newest = watch.observer.newest()
         latest = self._latest.setdefault(watch.model, {})
         silent = self._silent(watch)
+        self._bound()
+        newest = watch.observer.newest()
         for seen in watch.look(BUSY_SHARE_MAX * self._settings.interval_s / max(1, len(self._watches)), self._clock_s):
             self.thread.beat()
             # What an old release did on a device that runs a newer one is nobody's concern any more.
             if newest.get(seen.figures.device) == seen.figures.release:
                 latest[seen.figures.device] = seen.figures
                 changes += self._changes(seen.findings, seen.checks)
-        for device in (latest.keys() - newest.keys()) | (latest.keys() & {alert.key.device for alert in silent}):
+        for device in [name for name, figures in latest.items() if newest.get(name) != figures.release]:
             del latest[device]
-        self._expose(watch.model)
+        self._gauges.show(watch.model, latest.values())
         changes += [
             (CLOSED, over(alert, f"the device runs release {newest[alert.key.device]} now"))
             for alert in self._open.values()
@@ -231,29 +246,44 @@ class Monitoring:
         changes += [(CLOSED, over(alert, f"no windows of the device for {SILENT_H:g} h")) for alert in silent]
         self._record(changes)
 
-    def _silent(self, watch: ModelWatch) -> list[Alert]:
-        """Open alerts about devices of this gateway that are not heard of any more.
+    def _bound(self) -> None:
+        """All models share one bound: who has most devices gives up the one heard of longest ago."""
+        observers = [watch.observer for watch in self._watches.values()]
+        excess = sum(map(len, observers)) - self._settings.devices_max
+        for _ in range(excess):
+            max(observers, key=len).forget_oldest()
 
-        Those of accuracy end when the windows are too old to be joined with labels (`_judge`).
+    def _silent(self, watch: ModelWatch) -> list[Alert]:
+        """Forget the devices of a model that are not heard of any more.
+
+        Returns:
+            Open alerts about such devices of this gateway. Those of accuracy end when the windows are too old to be
+            joined with labels (`_judge`).
         """
-        now_us, fresh = self._clock_us(), set(watch.observer.fresh())
-        mine = [
+        now_us, model, observer = self._clock_us(), watch.model, watch.observer
+        for release, device in observer.fresh():
+            self._heard_us[model, release, device] = now_us
+
+        def is_gone(release: int, device: str, since_us: int = 0) -> bool:
+            heard_us = self._heard_us.get((model, release, device), self._started_us)
+            return now_us - max(since_us, heard_us) >= SILENT_H * 3600e6
+
+        silent = [
             alert
             for alert in self._open.values()
-            if alert.key.model == watch.model
+            if alert.key.model == model
             and alert.key.kind != AlertKind.ACCURACY
             and self._is_mine(alert.key.device)
+            and is_gone(alert.key.release, alert.key.device, alert.at_us)
         ]
-        for alert in mine:
-            if (alert.key.release, alert.key.device) in fresh:
-                self._heard_us[alert.key] = now_us
-        for key in [key for key in self._heard_us if key not in self._open]:
-            del self._heard_us[key]
-        return [
-            alert
-            for alert in mine
-            if now_us - max(alert.at_us, self._heard_us.get(alert.key, self._started_us)) >= SILENT_H * 3600e6
-        ]
+        for key in observer.held():
+            if is_gone(*key):
+                observer.forget(key)
+        alerted = {(alert.key.model, alert.key.release, alert.key.device) for alert in self._open.values()}
+        for heard in [heard for heard in self._heard_us if heard[0] == model and heard[1:] not in observer]:
+            if heard not in alerted:
+                del self._heard_us[heard]
+        return silent
 
     def _changes(self, findings: Sequence[Finding], checks: int) -> list[tuple[str, Finding]]:
         steps = ((self._hysteresis.step(finding, finding.key in self._open, checks), finding) for finding in findings)
@@ -283,27 +313,35 @@ class Monitoring:
 
     def _judge(self, model: str) -> None:
         """Late labels: how right the releases of a model were. The first gateway of several does it for all devices."""
-        release = current(self._references.book, model)
+        release = approved(self._references.book, model)
         watched = None if release is None else self._references.get(model, release.version)
         if watched is None or watched.recipe.labels is None or not watched.manifest.classes or 0 not in self._owned:
+            self._gauges.show_accuracy(model, [])
             return
         self.thread.beat()
+        since_us = self._clock_us() - round(self._settings.accuracy_hours * 3600e6)
+        lake = self._access.open_lake()
         try:
-            lake = self._lake()
-            labels = read_labels(lake, watched.recipe.labels, watched.manifest.stream)
-            since_us = self._clock_us() - round(self._settings.accuracy_hours * 3600e6)
-            rows = read_predictions(lake, model, since_us, self._settings.accuracy_rows_max)
+            told = accuracy_of(
+                lake,
+                model,
+                watched.recipe.labels,
+                watched.manifest.stream,
+                since_us,
+                self._settings.accuracy_rows_max,
+            )
         except UnknownStreamError:
             return  # no labels, or no predictions, yet
+        finally:
+            lake.close()  # or DuckDB keeps what it has read for as long as the gateway runs
+        self._gauges.show_accuracy(model, told)
         changes: list[tuple[str, Finding]] = []
-        joined: set[tuple[int, str]] = set()
-        for found in measure(rows, labels):
-            self._expose_accuracy(model, found)
+        for found in told:
             promised = self._promised(model, found.release)
             if promised is not None and found.device:
                 finding = judge_accuracy(model, found, promised, self._settings.windows_min)
                 changes += self._changes([finding], 1) if finding is not None else []
-            joined.add((found.release, found.device))
+        joined = {(found.release, found.device) for found in told}
         changes += [
             (CLOSED, over(alert, f"no windows of the device in the last {self._settings.accuracy_hours:g} h"))
             for alert in self._open.values()
@@ -316,76 +354,6 @@ class Monitoring:
         watched = self._references.get(model, version)
         metrics = () if watched is None else watched.manifest.metrics
         return next((metric.value for metric in metrics if metric.name == "accuracy"), None)
-
-    def _request(self, book: ReleaseBook, model: str, ended_us: int) -> None:
-        """Ask for a training where the policy of the current release says so."""
-        release = current(book, model)
-        watched = None if release is None else self._references.get(model, release.version)
-        if release is None or watched is None:
-            return
-        retrain = watched.recipe.policy.retrain
-        alerts = [alert for key, alert in self._open.items() if (key.model, key.release) == (model, release.version)]
-        reason = due(
-            retrain,
-            alerts,
-            new_rows=self._new_rows(watched) if retrain.new_rows is not None else None,
-            created_us=watched.manifest.created_at_us,
-            now_us=self._clock_us(),
-            ended_us=ended_us,
-        )
-        if reason is None:
-            return
-        name = self._triggers.request(model, release.version, reason.kind, reason.why, retrain.pause_s)
-        if name is not None:
-            self._metrics.triggers.labels(model, reason.kind.value).inc()
-            _log.info("training_requested", trigger=name, model=model, kind=reason.kind.value, why=reason.why)
-
-    def _new_rows(self, watched: Watched) -> int | None:
-        manifest = watched.manifest
-        key = manifest.model, manifest.version
-        generation = self._access.generation
-        if self._catalog is None or self._catalog[0] != generation:
-            self._catalog = generation, Catalog(self._access.store)
-        catalog = self._catalog[1]
-        if key not in self._trained_rows:
-            version = trained_version(manifest)
-            self._trained_rows[key] = None if version is None else rows_at(catalog, manifest.stream, version)
-        before, now = self._trained_rows[key], rows_at(catalog, manifest.stream)
-        return None if before is None or now is None else now - before
-
-    # What is shown.
-
-    def _expose(self, model: str) -> None:
-        """The worst device of each release."""
-        by_release: dict[int, list[Figures]] = {}
-        for figures in self._latest.get(model, {}).values():
-            by_release.setdefault(figures.release, []).append(figures)
-        metrics = self._metrics
-        for release, found in by_release.items():
-            labels = model, str(release)
-            metrics.model_devices.labels(*labels).set(len(found))
-            metrics.model_rate.labels(*labels).set(sum(one.rate_per_s for one in found))
-            metrics.model_latency_p99.labels(*labels).set(max(one.latency_ms_p99 for one in found) / 1000)
-            metrics.model_nan_share.labels(*labels).set(max(one.nan_share for one in found))
-            for gauge, values in (
-                (metrics.model_psi, [one.features[0].psi for one in found if one.features]),
-                (metrics.model_ks, [max(each.ks for each in one.features) for one in found if one.features]),
-                (metrics.model_score_psi, [one.score.psi for one in found if one.score is not None]),
-                (metrics.model_drifted_share, [one.drifted_share for one in found if one.drifted_share is not None]),
-                (metrics.model_change, [one.change for one in found if one.change is not None]),
-            ):
-                if values:
-                    gauge.labels(*labels).set(max(values))
-
-    def _expose_accuracy(self, model: str, found: Accuracy) -> None:
-        if found.accuracy is not None and not found.device:
-            self._metrics.model_accuracy.labels(model, str(found.release)).set(found.accuracy)
-            self._metrics.model_label_coverage.labels(model, str(found.release)).set(found.coverage)
-
-    def _expose_alerts(self) -> None:
-        self._metrics.alerts_open.clear()
-        for labels, count in Counter((key.model, key.kind) for key in self._open).items():
-            self._metrics.alerts_open.labels(*labels).set(count)
 
     def _tell(self, model: str, trouble: str) -> None:
         """Log what is new only: the same trouble comes back at every look. Without a model: of all of them."""
@@ -402,3 +370,8 @@ class Monitoring:
                 return
             self.thread.beat()
             failures = 0 if self.look() else failures + 1
+
+
+def _alive(book: ReleaseBook) -> set[str]:
+    """Models with a release that is not retired."""
+    return {release.model for release in book.releases.values() if release.state is not ReleaseState.RETIRED}

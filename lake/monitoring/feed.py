@@ -6,6 +6,7 @@ reads the log entries and Parquet files of new commits and nothing else, so its 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 from urllib.parse import unquote
 
@@ -15,7 +16,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from contract.errors import TemporaryError
 from contract.names import PREDICTIONS_PREFIX
 from lake.catalog import Catalog
 from lake.errors import CorruptLakeError, ObjectMissingError
@@ -52,6 +52,11 @@ class _File(msgspec.Struct, rename="camel"):
     data_change: bool = True
 
 
+class _Added(NamedTuple):
+    path: str
+    rows: int
+
+
 class _Action(msgspec.Struct):
     add: _File | None = None
 
@@ -81,34 +86,38 @@ class PredictionFeed:
         self.skipped_files = 0
         """Files, or entries of the log, that are not what a gateway writes; what is behind them is read."""
 
-    def take(self, rows_max: int) -> Predictions:
-        """The rows that came since the last call; at the first, the latest that are there.
+    def take(self, rows_max: int) -> Iterator[Predictions]:
+        """The rows that came since the last call, commit by commit; at the first, the latest that are there.
+
+        Where one fails, what it did not give comes at the next call, and nothing comes twice.
 
         Args:
             rows_max: where more have come, the newest commits with about so many rows are read, older ones skipped
                 and counted.
 
         Raises:
-            StoreUnavailableError: the store did not answer; the next call reads the same rows again.
+            StoreUnavailableError: the store did not answer.
         """
         latest = self._latest()
         first = max(self._version + 1, latest - BACKLOG_COMMITS_MAX + 1)
-        files: list[str] = []
-        rows, version, skipped = 0, latest, self.skipped_files
+        commits: list[tuple[int, list[str] | None]] = []
+        rows, version = 0, latest
         while version >= first and rows < rows_max:
-            for path, count in reversed(self._files(version)):
-                files.append(path)
-                rows += count
+            files = self._files(version)
+            commits.append((version, None if files is None else [file.path for file in files]))
+            rows += sum(file.rows for file in files or ())
             version -= 1
-        try:
-            tables = [self._read(path) for path in reversed(files)]
-        except TemporaryError:
-            self.skipped_files = skipped  # the same rows are read again
-            raise
         if self._version >= 0:
             self.skipped_commits += max(0, version - self._version)
-        self._version = latest
-        return parse(pa.concat_tables(tables) if tables else empty())
+        self._version = max(self._version, version)
+        for number, paths in reversed(commits):
+            tables = [self._read(path) for path in paths or ()]
+            # All of the commit is here: from now on it is given, or counted as what nobody can read.
+            self._version = number
+            self.skipped_files += tables.count(None) + (paths is None)
+            found = [table for table in tables if table is not None]
+            if found:
+                yield parse(pa.concat_tables(found))
 
     def _latest(self) -> int:
         """Follow the log one version at a time; it is listed only at the first look, or where entries are gone."""
@@ -126,8 +135,8 @@ class PredictionFeed:
     def _entry(self, version: int) -> str:
         return f"{self._path}/_delta_log/{version:020d}.json"
 
-    def _files(self, version: int) -> list[tuple[str, int]]:
-        """Path and number of rows of what a commit added."""
+    def _files(self, version: int) -> list[_Added] | None:
+        """What a commit added; None where its entry cannot be read."""
         try:
             lines = self._store.get(self._entry(version)).splitlines()
         except ObjectMissingError:
@@ -135,12 +144,12 @@ class PredictionFeed:
         try:
             found = [_decode(line).add for line in lines if b'"add"' in line[:64]]
             new = [file for file in found if file is not None and file.data_change]
-            return [(file.path, _decode_stats(file.stats).num_records if file.stats else 1) for file in new]
+            return [_Added(file.path, _decode_stats(file.stats).num_records if file.stats else 1) for file in new]
         except msgspec.MsgspecError:
-            self.skipped_files += 1
-            return []
+            return None
 
-    def _read(self, path: str) -> pa.Table:
+    def _read(self, path: str) -> pa.Table | None:
+        """The rows of a file; None where it cannot be read."""
         try:
             data = self._store.get(f"{self._path}/{unquote(path)}")
             with pq.ParquetFile(pa.BufferReader(data)) as file:
@@ -149,8 +158,7 @@ class PredictionFeed:
         except ObjectMissingError:
             return empty()  # compacted and vacuumed meanwhile
         except (CorruptLakeError, pa.ArrowException, OSError):  # Arrow calls a torn file an OSError
-            self.skipped_files += 1
-            return empty()
+            return None
 
 
 _SCHEMA = pa.schema(

@@ -5,9 +5,8 @@ Pure: rows and references are handed in. Everything kept is bounded: devices, wi
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -16,12 +15,16 @@ import numpy.typing as npt
 from lake.monitoring.detector import LIMIT, Baseline, Change, Detector, make_baseline
 from lake.monitoring.drift import Distance, Mixture, compare, ks_noise, psi_noise
 from lake.monitoring.feed import Predictions
+from lake.monitoring.recent import Recent
 from lake.monitoring.reference import SCORE, SPREAD_MARGIN, Reference, mixed, shares_of
 
-Float32s = npt.NDArray[np.float32]
+Key = tuple[int, str]
+"""A release on a device."""
 Float64s = npt.NDArray[np.float64]
 TOP = 5
 """Features that are named."""
+WORDS_MAX = 10_000
+LABEL_CHARACTERS_MAX = 200
 SHARE_MARGIN = 1.25
 SHARE_MIN = 0.05
 """So much of the features must have drifted, whatever training groups do."""
@@ -38,6 +41,8 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     """The first windows with features of a release on a device, which the detector measures from."""
     devices_max: int = 1_000
     """Releases on devices in memory; beyond, the one heard of longest ago is forgotten."""
+    releases_max: int = 4
+    """Of one device in memory: one that invents releases must not push the others out."""
 
 
 class FeatureDrift(msgspec.Struct, frozen=True):
@@ -82,26 +87,6 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     change_feature: str = ""
 
 
-class _Row(NamedTuple):
-    end_us: int
-    latency_us: int
-    nan: bool
-    score: float
-    label: str
-
-
-class _Recent:
-    """One release on one device."""
-
-    def __init__(self, bounds: Bounds) -> None:
-        self.rows: deque[_Row] = deque(maxlen=bounds.windows_max)
-        # As float32, which is what came, because these are most of the memory.
-        self.sampled: deque[tuple[Float32s, str]] = deque(maxlen=bounds.windows_max)
-        self.first: list[tuple[Float32s, str]] = []
-        self.detector: Detector | None = None
-        self.fresh = False
-
-
 class Observer:
     """The releases of one model on the devices of one gateway. Not thread-safe.
 
@@ -111,81 +96,119 @@ class Observer:
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
-        self._recent: OrderedDict[tuple[int, str], _Recent] = OrderedDict()
+        self._recent: OrderedDict[Key, Recent] = OrderedDict()
         """In the order in which they were heard of last."""
+        self._releases: dict[str, list[int]] = {}
+        """By device: those of `_recent`, the one heard of last at the end."""
+        self._words: dict[str, str] = {}
         self.forgotten = 0
 
     def __len__(self) -> int:
         """Releases on devices in memory."""
         return len(self._recent)
 
-    @property
-    def releases(self) -> set[int]:
-        """That were heard of."""
-        return {release for release, _ in self._recent}
+    def __contains__(self, key: Key) -> bool:
+        """Whether a release on a device is in memory."""
+        return key in self._recent
+
+    def held(self) -> list[Key]:
+        """Releases on devices in memory, those heard of longest ago first."""
+        return list(self._recent)
 
     def newest(self) -> dict[str, int]:
         """By device: the release whose windows came last. Clocks of devices have no say: one that was years ahead for a
         moment would hide every later release."""
-        return {device: release for release, device in self._recent}
+        return {device: releases[-1] for device, releases in self._releases.items()}
 
-    def add(self, rows: Predictions, mine: Callable[[str], bool] = lambda device: True) -> None:
+    def add(
+        self,
+        rows: Predictions,
+        mine: Callable[[str], bool] = lambda device: True,
+        width: Callable[[int], int | None] = lambda release: None,
+    ) -> None:
         """See new rows.
 
         Args:
             rows: in the order in which they came.
             mine: whose devices count.
+            width: how many features a release has; windows with another number are kept without them. None: as many
+                as the first one has.
         """
         for number, device in enumerate(rows.device):
             if not mine(device):
                 continue
             key = int(rows.release[number]), device
-            recent = self._recent.get(key)
-            if recent is None:
-                recent = self._recent[key] = _Recent(self._bounds)
-                while len(self._recent) > self._bounds.devices_max:
-                    self._recent.popitem(last=False)
-                    self.forgotten += 1
-            self._recent.move_to_end(key)
-            recent.fresh = True
-            score, label = float(rows.score[number]), rows.label[number]
+            recent = self._heard(key)
+            score, label = float(rows.score[number]), self._word(rows.label[number])
             nan = bool(rows.nan_count[number] > 0 or np.isnan(score))
-            recent.rows.append(_Row(int(rows.end_us[number]), int(rows.latency_us[number]), nan, score, label))
+            recent.add((int(rows.end_us[number]), int(rows.latency_us[number]), score, nan), label)
             features = rows.features[number]
-            if features is not None:
-                self._sample(recent, np.append(features, score).astype(np.float32), label)
+            wanted = width(key[0]) if recent.width is None else recent.width
+            if features is not None and wanted in (None, len(features)):
+                recent.sample(np.append(features, score).astype(np.float32), label)
 
-    def _sample(self, recent: _Recent, value: Float32s, label: str) -> None:
-        recent.sampled.append((value, label))
-        if recent.detector is not None:
-            recent.detector.add(value.astype(np.float64), label)
-        elif len(recent.first) < self._bounds.baseline_windows:
-            recent.first.append((value, label))
+    def _heard(self, key: Key) -> Recent:
+        release, device = key
+        recent = self._recent.get(key)
+        if recent is None:
+            recent = self._recent[key] = Recent(self._bounds.windows_max, self._bounds.baseline_windows)
+        self._recent.move_to_end(key)
+        releases = self._releases.setdefault(device, [])
+        if not releases or releases[-1] != release:
+            if release in releases:
+                releases.remove(release)
+            releases.append(release)
+            if len(releases) > self._bounds.releases_max:
+                self._forget_for_others((releases[0], device))
+        while len(self._recent) > self._bounds.devices_max:
+            self.forget_oldest()
+        return recent
 
-    def fresh(self) -> list[tuple[int, str]]:
+    def forget_oldest(self) -> None:
+        """Forget the release on a device that was heard of longest ago, for want of room."""
+        self._forget_for_others(next(iter(self._recent)))
+
+    def _forget_for_others(self, key: Key) -> None:
+        self.forget(key)
+        self.forgotten += 1
+
+    def forget(self, key: Key) -> None:
+        """Forget a release on a device."""
+        release, device = key
+        del self._recent[key]
+        self._releases[device].remove(release)
+        if not self._releases[device]:
+            del self._releases[device]
+
+    def _word(self, text: str) -> str:
+        """The same text as one object: labels are few, and each row brings its own."""
+        if len(self._words) >= WORDS_MAX:
+            self._words.clear()
+        return self._words.setdefault(text[:LABEL_CHARACTERS_MAX], text[:LABEL_CHARACTERS_MAX])
+
+    def fresh(self) -> list[Key]:
         """Releases on devices with rows since they were measured last, those heard of longest ago first."""
         return [key for key, recent in self._recent.items() if recent.fresh]
 
-    def candidate(self, key: tuple[int, str], reference: Reference) -> Baseline | None:
+    def candidate(self, key: Key, reference: Reference) -> Baseline | None:
         """The baseline that is to be, once there are windows enough; None while not, or where there is one."""
         recent = self._recent[key]
         if recent.detector is not None or len(recent.first) < self._bounds.baseline_windows:
             return None
-        values = self._fitting(recent.first, reference)
-        return None if values is None else make_baseline(values, [label for _, label in recent.first], reference)
+        values = np.array([value for value, _ in recent.first], dtype=np.float64)
+        if not _fits(values, reference):
+            return None
+        return make_baseline(values, [label for _, label in recent.first], reference)
 
-    def needs_baseline(self, key: tuple[int, str]) -> bool:
+    def needs_baseline(self, key: Key) -> bool:
         """Whether the detector does not run yet."""
         return self._recent[key].detector is None
 
-    def set_baseline(self, key: tuple[int, str], baseline: Baseline) -> None:
+    def set_baseline(self, key: Key, baseline: Baseline) -> None:
         """Begin to detect, with what is remembered."""
-        recent = self._recent[key]
-        recent.detector, recent.first = Detector(baseline), []
-        for value, label in recent.sampled:
-            recent.detector.add(value.astype(np.float64), label)
+        self._recent[key].detect(Detector(baseline))
 
-    def measure(self, key: tuple[int, str], reference: Reference | None, psi_max: float, overlap: float) -> Figures:
+    def measure(self, key: Key, reference: Reference | None, psi_max: float, overlap: float) -> Figures:
         """Figures of a release on a device.
 
         Args:
@@ -196,45 +219,42 @@ class Observer:
         """
         recent = self._recent[key]
         recent.fresh = False
-        rows = list(recent.rows)
-        latency_ms = np.array([row.latency_us for row in rows]) / 1000
-        scores = np.array([row.score for row in rows])
-        span_us = rows[-1].end_us - rows[0].end_us
-        labels = Counter(row.label for row in rows)
+        rows = recent.rows.values()
+        latency_ms, scores, ends_us = rows["latency_us"] / 1000, rows["score"], rows["end_us"]
+        span_us = int(ends_us[-1]) - int(ends_us[0])
         figures = Figures(
             release=key[0],
             device=key[1],
             windows=len(rows),
-            last_us=rows[-1].end_us,
+            last_us=int(ends_us[-1]),
             rate_per_s=(len(rows) - 1) / (span_us / 1e6) if span_us > 0 else 0.0,
             latency_ms_p50=float(np.quantile(latency_ms, 0.5)),
             latency_ms_p99=float(np.quantile(latency_ms, 0.99)),
-            nan_share=sum(row.nan for row in rows) / len(rows),
+            nan_share=float(rows["nan"].mean()),
             score_mean=float(np.nanmean(scores)) if np.isfinite(scores).any() else float("nan"),
-            labels={label: count / len(rows) for label, count in sorted(labels.items())},
-            sampled=len(recent.sampled),
+            labels=shares_of(list(recent.labels)),
+            sampled=len(recent.sampled_labels),
         )
         if reference is None:
             return figures
         return self._with_drift(figures, recent, reference, psi_max, max(1.0, overlap))
 
     def _with_drift(
-        self, figures: Figures, recent: _Recent, reference: Reference, psi_max: float, overlap: float
+        self, figures: Figures, recent: Recent, reference: Reference, psi_max: float, overlap: float
     ) -> Figures:
         changes: dict[str, object] = {}
-        rows = recent.rows
+        count = len(recent.rows)
         # Neighbours are alike: the first minute of a device is no sample of what it does.
-        if len(rows) >= max(self._bounds.windows_min, self._bounds.windows_max // 2):
+        if count >= max(self._bounds.windows_min, self._bounds.windows_max // 2):
             mixture = _part(mixed(reference, figures.labels), slice(-1, None))
-            scores = np.array([[row.score] for row in rows])
-            distance = compare(mixture, scores)
+            distance = compare(mixture, recent.rows.values()["score"][:, None])
             changes["score"] = _judged([SCORE], distance, reference, reference.spreads[-1:], psi_max, overlap)[0]
-        values = self._fitting(list(recent.sampled), reference)
-        if values is not None and len(values) >= self._bounds.windows_min:
-            shares = shares_of([label for _, label in recent.sampled])
+        values = recent.values()
+        if len(values) >= self._bounds.windows_min and _fits(values, reference):
+            shares = shares_of(list(recent.sampled_labels))
             distance = compare(_part(mixed(reference, shares), slice(0, -1)), values[:, :-1])
             # Sampled windows overlap less than neighbours do.
-            apart = max(1.0, overlap * len(values) / max(1, len(rows)))
+            apart = max(1.0, overlap * len(values) / max(1, count))
             found = _judged(reference.names[:-1], distance, reference, reference.spreads[:-1], psi_max, apart)
             changes["features"] = tuple(sorted(found, key=lambda one: one.threshold - one.psi)[:TOP])
             changes["drifted_share"] = sum(one.drifted for one in found) / max(1, len(found))
@@ -245,11 +265,10 @@ class Observer:
             changes |= {"change": change.value, "change_feature": names[change.feature] if names else ""}
         return msgspec.structs.replace(figures, **changes)
 
-    def _fitting(self, sampled: list[tuple[Float32s, str]], reference: Reference) -> Float64s | None:
-        """`[N, F + 1]`; None where there are none, or rows have other features than the release was trained on."""
-        if not sampled or any(len(value) != len(reference.features) + 1 for value, _ in sampled):
-            return None
-        return np.array([value for value, _ in sampled], dtype=np.float64)
+
+def _fits(values: Float64s, reference: Reference) -> bool:
+    """Whether windows have the features that the release was trained on."""
+    return bool(values.shape[1] == len(reference.features) + 1)
 
 
 def _part(mixture: Mixture, features: slice) -> Mixture:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import datetime
 
 import msgspec
+import pyarrow as pa
 
 from lake.errors import UnknownStreamError
 from lake.ledger import Ledger
-from lake.monitoring.accuracy import Accuracy, measure, read_labels, read_predictions
+from lake.monitoring.accuracy import Accuracy, accuracy_of
 from lake.monitoring.alerts import PATH as ALERTS_PATH
 from lake.monitoring.alerts import SCHEMA as ALERTS_SCHEMA
 from lake.monitoring.alerts import Alert, fold
 from lake.monitoring.feed import parse, with_all_columns
-from lake.monitoring.observe import Bounds, Figures, Observer
+from lake.monitoring.observe import Bounds, Figures, Key, Observer
 from lake.monitoring.performance import Performance, latest_query, performance
-from lake.monitoring.watch import References, stored_baseline
+from lake.monitoring.watch import References, features_of, stored_baseline
 from lake.query import Lake
 from lake.releases import Releases
 from lake.store import Store
@@ -91,22 +93,29 @@ class Monitor:
             )
         return lines
 
-    def _drift(self, model: str, since: datetime) -> dict[tuple[int, str], Figures]:
-        observer = Observer(self._bounds)
-        rows = self._lake.sql(latest_query(model, since, self._bounds.windows_max))
-        observer.add(parse(with_all_columns(rows)))
-        found = {}
-        for key in observer.fresh():
-            watched = self._references.get(model, key[0])
-            if watched is None:
-                continue
+    def _drift(self, model: str, since: datetime) -> dict[Key, Figures]:
+        """Of as many devices as there are: one after the other is measured and forgotten."""
+        observer = Observer(msgspec.structs.replace(self._bounds, devices_max=sys.maxsize, releases_max=sys.maxsize))
+        found: dict[Key, Figures] = {}
+        for batch in self._lake.read(latest_query(model, since, self._bounds.windows_max)):
+            rows = parse(with_all_columns(pa.Table.from_batches([batch])))
+            observer.add(rows, width=lambda release: features_of(self._references, model, release))
+            for key in observer.held()[:-1]:  # the last one may go on in the next batch
+                self._measure(observer, model, key, found)
+        for key in observer.held():
+            self._measure(observer, model, key, found)
+        return found
+
+    def _measure(self, observer: Observer, model: str, key: Key, found: dict[Key, Figures]) -> None:
+        watched = self._references.get(model, key[0])
+        if watched is not None:
             baseline = stored_baseline(self._store, model, *key)
             if baseline is not None:
                 observer.set_baseline(key, baseline)
             window = watched.manifest.window
             psi_max = watched.recipe.policy.retrain.psi_max
             found[key] = observer.measure(key, watched.reference, psi_max, window.rows / window.stride)
-        return found
+        observer.forget(key)
 
     def _accuracy(self, model: str, since: datetime) -> dict[tuple[int, str], Accuracy]:
         for release in self._references.book.of_model(model):
@@ -114,9 +123,11 @@ class Monitor:
             if watched is None or watched.recipe.labels is None or not watched.manifest.classes:
                 continue
             try:
-                labels = read_labels(self._lake, watched.recipe.labels, watched.manifest.stream)
-                rows = read_predictions(self._lake, model, round(since.timestamp() * 1e6), ACCURACY_ROWS_MAX)
+                since_us = round(since.timestamp() * 1e6)
+                told = accuracy_of(
+                    self._lake, model, watched.recipe.labels, watched.manifest.stream, since_us, ACCURACY_ROWS_MAX
+                )
             except UnknownStreamError:
                 return {}
-            return {(one.release, one.device): one for one in measure(rows, labels) if one.device}
+            return {(one.release, one.device): one for one in told if one.device}
         return {}

@@ -94,9 +94,10 @@ def performance(lake: Lake, model: str, since: datetime) -> list[Performance]:
 
 
 def latest_query(model: str, since: datetime, windows_max: int) -> str:
-    """The latest rows of every release on every device, in the columns of `lake.monitoring.feed`."""
+    """The latest rows of every release on every device, one after the other, in the columns of `lake.monitoring.feed`."""
     return (
         "SELECT _device, release::BIGINT AS release, window_start, ts, score, label, latency_us, nan_count, features "
         f"FROM {identifier(PREDICTIONS_PREFIX + model)} WHERE ts >= make_timestamptz({round(since.timestamp() * 1e6)}) "
-        f"QUALIFY row_number() OVER (PARTITION BY _device, release ORDER BY ts DESC) <= {windows_max} ORDER BY ts"
+        f"QUALIFY row_number() OVER (PARTITION BY _device, release ORDER BY ts DESC) <= {windows_max} "
+        "ORDER BY _device, release, ts"
     )

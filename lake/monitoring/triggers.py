@@ -14,7 +14,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pyarrow as pa
@@ -40,6 +40,8 @@ SCHEMA = pa.schema(
 )
 TEXT_MAX = 2_000
 """Characters of `why`."""
+ROWS = "rows"
+"""In the `detail` of a request: rows of the stream, which its training will see."""
 
 
 class TriggerKind(StrEnum):
@@ -93,6 +95,18 @@ class Trigger(msgspec.Struct, frozen=True, kw_only=True):
     def is_open(self) -> bool:
         """Whether it has not ended."""
         return self.event in (TriggerEvent.REQUESTED, TriggerEvent.STARTED)
+
+
+class Ended(NamedTuple):
+    """The last training of a model, whatever came of it."""
+
+    at_us: int
+    """When it ended, by the wall clock of its trainer; 0 for never."""
+    rows: int | None
+    """Of the stream when the last training was asked for that counted them."""
+
+
+NEVER = Ended(0, None)
 
 
 def fold(rows: Iterable[Row]) -> dict[str, Trigger]:
@@ -170,20 +184,34 @@ class TriggerTable:
         """
         return fold(self._ledger.look())
 
-    def ended(self) -> dict[str, int]:
-        """When the last training of each model ended, wall clock of its trainer, microseconds.
+    def ended(self) -> dict[str, Ended]:
+        """How the last training of each model ended that had one.
 
         Raises:
             StoreUnavailableError: the store did not answer.
         """
-        found: dict[str, int] = {}
+        found: dict[str, Ended] = {}
         for trigger in self.look().values():
             if not trigger.is_open:
-                found[trigger.model] = max(found.get(trigger.model, 0), trigger.at_us)
+                before = found.get(trigger.model, NEVER)
+                rows = trigger.detail.get(ROWS)
+                found[trigger.model] = Ended(
+                    max(before.at_us, trigger.at_us), rows if isinstance(rows, int) else before.rows
+                )
         return found
 
-    def request(self, model: str, release: int, kind: TriggerKind, why: str, pause_s: float) -> str | None:
+    def request(
+        self, model: str, release: int, kind: TriggerKind, why: str, pause_s: float, rows: int | None = None
+    ) -> str | None:
         """Ask for a training, unless one is asked for or under way, or ended less than `pause_s` ago.
+
+        Args:
+            model: that is to be trained.
+            release: that is to be replaced.
+            kind: of the reason.
+            why: the reason in words.
+            pause_s: since the end of the last training.
+            rows: of its stream now, which this training will see; None where nobody counted.
 
         Returns:
             Name of the trigger; None where there is no need for one.
@@ -193,6 +221,7 @@ class TriggerTable:
             StoreUnavailableError: it is not known whether the row is in; asking again is harmless.
         """
         name = f"{model}-{secrets.token_hex(6)}"
+        detail = {} if rows is None else {ROWS: rows}
 
         def decide(rows: list[Row]) -> list[Row]:
             now_us = self._now_us()
@@ -209,7 +238,7 @@ class TriggerTable:
                     "event": TriggerEvent.REQUESTED.value,
                     "why": why[:TEXT_MAX],
                     "who": self._who,
-                    "detail": "{}",
+                    "detail": msgspec.json.encode(detail).decode(),
                 }
             ]
 

@@ -21,8 +21,10 @@ from lake.monitoring.reference import Reference, decode_reference
 from lake.releases import ReleaseBook, Releases
 from lake.store import Store
 
-RELEASES_MAX = 16
-"""References in memory: of the releases that were looked at last."""
+RELEASES_MAX = 256
+REFERENCE_BYTES_MAX = 64 * 1024 * 1024
+"""References in memory, as bytes of their files: of the releases that were looked at last. Each look asks for those of
+all models in turn, so a bound that they do not fit into has each of them read anew at each look."""
 
 
 class Watched(NamedTuple):
@@ -51,7 +53,7 @@ class References:
 
     def __init__(self, open_releases: Callable[[], Releases]) -> None:
         self._open_releases = open_releases
-        self._known: OrderedDict[tuple[str, int], Watched | None] = OrderedDict()
+        self._known: OrderedDict[tuple[str, int], Watched] = OrderedDict()
         self.book = ReleaseBook()
 
     def refresh(self) -> ReleaseBook:
@@ -76,9 +78,13 @@ class References:
         if key not in self._known:
             self._known[key] = self._read(release.manifest)
         self._known.move_to_end(key)
-        while len(self._known) > RELEASES_MAX:
+        while len(self._known) > 1 and (len(self._known) > RELEASES_MAX or self._bytes() > REFERENCE_BYTES_MAX):
             self._known.popitem(last=False)
         return self._known[key]
+
+    def _bytes(self) -> int:
+        kept = (watched.manifest.reference for watched in self._known.values() if watched.reference is not None)
+        return sum(artifact.size for artifact in kept if artifact is not None)
 
     def _read(self, manifest: Manifest) -> Watched:
         try:
@@ -94,6 +100,17 @@ class References:
             if reference is not None and len(reference.features) != len(manifest.features):
                 reference = None
         return Watched(manifest, recipe, reference)
+
+
+def features_of(references: References, model: str, release: int) -> int:
+    """How many features a release has. None, where the register does not have it: nothing would measure them, and it
+    is the device that decides how many there are.
+
+    Raises:
+        StoreUnavailableError: the store did not answer.
+    """
+    watched = references.get(model, release)
+    return 0 if watched is None else len(watched.manifest.features)
 
 
 class ModelWatch:
@@ -134,9 +151,11 @@ class ModelWatch:
         Raises:
             StoreUnavailableError: the store did not answer.
         """
-        rows = self._feed.take(rows_max)
-        self.observer.add(rows, self._mine)
-        return len(rows)
+        count = 0
+        for rows in self._feed.take(rows_max):
+            self.observer.add(rows, self._mine, lambda release: features_of(self._references, self.model, release))
+            count += len(rows)
+        return count
 
     def look(self, budget_s: float, clock_s: Callable[[], float] = time.monotonic) -> Iterator[Seen]:
         """Measure what has new rows, those heard of longest ago first.

@@ -8,41 +8,20 @@ import msgspec
 import numpy as np
 import pytest
 from deltalake import DeltaTable
-from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from contract.limits import SHARDS
 from contract.names import shard_of
-from gateway.access import LakeAccess
-from gateway.metrics import GatewayMetrics
-from gateway.monitoring import Monitoring
 from gateway.settings import MonitoringSettings
-from gateway.watch import LakeHealth
 from lake.catalog import Catalog
 from lake.errors import CorruptLakeError, StoreUnavailableError
-from lake.monitoring.alerts import PATH as ALERTS
-from lake.monitoring.alerts import SCHEMA as ALERTS_SCHEMA
 from lake.monitoring.due import rows_at
-from lake.monitoring.triggers import PATH, SCHEMA, TriggerEvent, TriggerTable
+from lake.monitoring.triggers import TriggerEvent
 from lake.monitoring.watch import ModelWatch
 from lake.query import Lake
 from lake.releases import Releases
 from lake.store import Store
-from lake.tables import ControlTable
-from tests.monitoring_parts import MODEL, NOW_US, Device, World, labelled, reference, release, store_in
-
-SETTINGS = MonitoringSettings(interval_s=3600, windows_max=100, baseline_windows=40)
-DEVICES = ("watch-1", "watch-2", "watch-3")
-
-
-class Clock:
-    """Wall clock of all gateways."""
-
-    def __init__(self) -> None:
-        self.now_us = NOW_US + 3_600_000_000
-
-    def __call__(self) -> int:
-        return self.now_us
+from tests.integration.watching_parts import DEVICES, Clock, alerts, figure, fleet, gateway, triggers
+from tests.monitoring_parts import MODEL, NOW_US, World, labelled, reference, release, store_in
 
 
 @pytest.fixture
@@ -58,41 +37,6 @@ def world():
 @pytest.fixture
 def clock():
     return Clock()
-
-
-def gateway(store, clock, name="gateway-a", shards=range(SHARDS), settings=SETTINGS) -> Monitoring:
-    access = LakeAccess(store.settings, "", 86_400)
-    return Monitoring(
-        settings,
-        shards=shards,
-        gateway=name,
-        access=access,
-        metrics=GatewayMetrics(CollectorRegistry()),
-        health=LakeHealth(),
-        clock_us=clock,
-    )
-
-
-def figure(monitoring: Monitoring, name: str, **labels) -> float | None:
-    return monitoring._metrics.registry.get_sample_value(f"headwater_gateway_{name}", labels)
-
-
-def alerts(store) -> list[tuple[str, str, str]]:
-    rows = ControlTable(store, ALERTS, ALERTS_SCHEMA)
-    rows.refresh()
-    found = rows.read().sort_by([("sequence", "ascending")]).to_pylist()
-    return [(row["device"], row["kind"], row["event"]) for row in found]
-
-
-def triggers(store, clock=lambda: 0):
-    return TriggerTable(lambda: ControlTable(store, PATH, SCHEMA), "test", clock)
-
-
-def fleet(store, world, count=200) -> dict[str, Device]:
-    devices = {name: Device(store, name) for name in DEVICES}
-    for number, device in enumerate(devices.values()):
-        device.predict(*world.windows(count, own=0.1 * number))
-    return devices
 
 
 def test_a_fleet_as_in_training_raises_no_alert(store, world, clock):
@@ -270,7 +214,7 @@ def test_alerts_of_a_device_that_is_gone_close_and_those_of_others_stay(store, w
     watching.look()
     closed = [(device, kind) for device, kind, event in alerts(store) if event == "closed"]
     assert sorted(closed) == [("watch-2", "change"), ("watch-2", "features")]
-    assert figure(watching, "model_devices", model=MODEL, release="1") == 2
+    assert figure(watching, "model_devices", model=MODEL, release="1") == 1
     watching.look()
     assert len(alerts(store)) == 6
     # A gateway that starts now has not heard of anybody, and waits as long.
