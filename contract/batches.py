@@ -260,16 +260,21 @@ def _check_row_numbers(rows: pa.Int32Array) -> None:
 
 def _check_expanded_size(batch: pa.RecordBatch, limits: Limits) -> None:
     """A dictionary of one long string with many indices, or a long list of nulls, is small here and huge in rows."""
-    nested = (
-        column for column in batch.columns if pa.types.is_nested(column.type) or pa.types.is_dictionary(column.type)
-    )
-    size = batch.nbytes + sum(_expanded_bytes(column) for column in nested)
+    size = expanded_bytes(batch)
     if size > limits.body_bytes_max:
         raise Rejected(
             Reason.BODY_TOO_LARGE,
             f"the batch takes {size} bytes with its dictionaries expanded, more than {limits.body_bytes_max}; "
             "send smaller batches",
         )
+
+
+def expanded_bytes(batch: pa.RecordBatch) -> int:
+    """Bytes that the values of a batch take when dictionaries and null lists are written out."""
+    nested = (
+        column for column in batch.columns if pa.types.is_nested(column.type) or pa.types.is_dictionary(column.type)
+    )
+    return int(batch.nbytes) + sum(_expanded_bytes(column) for column in nested)
 
 
 def _expanded_bytes(array: pa.Array) -> int:

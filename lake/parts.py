@@ -235,18 +235,3 @@ def _stated_time(ms: int) -> str:
 def sort_key(item: RawBatch) -> tuple[str, str, int]:
     """Order of batches within a file."""
     return item.device, item.epoch, item.seq
-
-
-def parts_of(batches: Sequence[RawBatch], part_bytes_max: int) -> Iterator[list[RawBatch]]:
-    """Cut a flush so that no file grows beyond a size; the bytes are those of the rows in memory."""
-    part: list[RawBatch] = []
-    size = 0
-    for item in batches:
-        nbytes = item.batch.get_total_buffer_size()
-        if part and size + nbytes > part_bytes_max:
-            yield part
-            part, size = [], 0
-        part.append(item)
-        size += nbytes
-    if part:
-        yield part

@@ -19,8 +19,9 @@ from contract.names import TS, is_epoch
 from lake import columns
 from lake.delta import DeltaHandle, wall_clock_ms
 from lake.parquet import encode
-from lake.parts import COUNTING, REPEATING, RawBatch, build, parts_of, sort_key
+from lake.parts import COUNTING, REPEATING, RawBatch, build, sort_key
 from lake.plan import BASE_COLUMNS, COLUMNS_MAX, Columns, WireSchema, WireSchemas, columns_of, grow, table_schema
+from lake.portions import portions
 from lake.schemas import SchemaObjects
 from lake.store import Store
 
@@ -89,7 +90,7 @@ class RawTable:
             store: where the lake is.
             stream: the stream's name.
             max_clock_skew_s: a `ts` further than this from its arrival does not decide the row's date.
-            part_bytes_max: rows of one Parquet file, as bytes in memory.
+            part_bytes_max: rows of one Parquet file, as bytes in memory (see `lake.portions`).
             columns_max: most columns the table may have.
             schemas: the schema objects of the lake, to share their cache between streams.
             clock_ms: wall clock for the modification times of files, milliseconds since 1970-01-01 UTC.
@@ -196,7 +197,8 @@ class RawTable:
         added = self._ensure_columns(wires.values())
         files: list[AddAction] = []
         rows = skewed = 0
-        for part in parts_of(sorted(batches, key=sort_key), self._part_bytes_max):
+        ordered = sorted(batches, key=sort_key)
+        for part in portions(ordered, self._wire_schema, self._columns, self._part_bytes_max):
             part_files, part_skewed = self._write(part)
             files += part_files
             skewed += part_skewed

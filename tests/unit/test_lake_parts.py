@@ -18,7 +18,7 @@ import pytest
 from contract.batches import TS_TYPE, Clock
 from contract.names import shard_of
 from lake.parquet import encode
-from lake.parts import COUNTING, DAY_US, REPEATING, Part, RawBatch, build, parts_of, sort_key
+from lake.parts import COUNTING, DAY_US, REPEATING, Part, RawBatch, build, sort_key
 from lake.plan import BASE_COLUMNS, Columns, WireSchemas, grow
 from tests.contract.lake_suite import CLOCK, EPOCH, NOW_US, rows
 
@@ -148,15 +148,6 @@ def test_a_time_beyond_what_a_log_can_say_is_left_out_of_the_statistics(ts_us: i
         stats = json.loads(part.stats)
         assert ("ts" in stats["minValues"]) == (part.table.column("ts").cast(pa.int64()).to_pylist() == [NOW_US])
         assert "_received_at" in stats["minValues"]
-
-
-def test_a_flush_is_cut_into_files_of_bounded_size() -> None:
-    batches = [batch("a", seq, rows(1_000)) for seq in range(1, 9)]
-    one = batches[0].batch.get_total_buffer_size()
-    cut = list(parts_of(batches, 3 * one))
-    assert [len(part) for part in cut] == [3, 3, 2]
-    assert [item for part in cut for item in part] == batches
-    assert [len(part) for part in parts_of(batches[:2], 1)] == [1, 1]
 
 
 def encodings(values: pa.Array) -> set[str]:
