@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from contract.errors import Reason, Rejected
 from contract.limits import SCHEMA_DEPTH_MAX, SEQ_MAX, Limits
@@ -248,6 +247,8 @@ def _leaves(kind: pa.DataType) -> int:
 
 
 def _check_row_numbers(rows: pa.Int32Array) -> None:
+    import pyarrow.compute as pc  # 9 MB, which a device that thins nothing never needs
+
     good = rows.null_count == 0 and rows[0].as_py() == 0
     if good and len(rows) > 1:
         good = bool(pc.all(pc.less(rows[:-1], rows[1:])).as_py())
@@ -292,6 +293,8 @@ def _expanded_bytes(array: pa.Array) -> int:
 
 
 def _dictionary_bytes(array: pa.DictionaryArray) -> int:
+    import pyarrow.compute as pc  # see above
+
     value = array.type.value_type
     if pa.types.is_string(value) or pa.types.is_large_string(value):
         lengths = pc.binary_length(array.dictionary.cast(pa.large_binary()))

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from contract.models import Window
 from contract.names import TS
+from edge_agent import compute as pc
 from edge_agent.sensors.port import Reading, Sample
 
 SLACK_ROWS_MIN = 1_024
@@ -100,7 +100,7 @@ class WindowRing:
     def _feed_block(self, block: pa.RecordBatch) -> Iterator[Cut]:
         if not block.num_rows:
             return
-        ts = block.column(TS).cast(pa.int64()).to_numpy(zero_copy_only=False)
+        ts = block.column(TS).view(pa.int64()).to_numpy(zero_copy_only=False)
         columns = [_as_float32(block, name) for name in self._fields]
         steps = np.diff(ts)
         breaks = np.flatnonzero((steps < 0) | (steps > self._gap_us)) + 1

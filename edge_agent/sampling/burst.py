@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections import deque
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from edge_agent import compute as pc
 from edge_agent.sampling.settings import Burst
 from edge_agent.sampling.triggers import condition
 from edge_agent.sensors.port import Reading, Sample

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 
 import pyarrow as pa
-import pyarrow.compute as pc
+
+from edge_agent import compute as pc
 
 
 def is_numeric(kind: pa.DataType) -> bool:

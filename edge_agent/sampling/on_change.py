@@ -23,8 +23,8 @@ import sys
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from edge_agent import compute as pc
 from edge_agent.sampling.compare import above, below, is_integer, is_numeric, nan_mask
 from edge_agent.sampling.settings import OnChange, parse_deadband
 from edge_agent.sensors.port import Reading, Sample, SensorConfigError

@@ -21,8 +21,8 @@ import math
 from typing import Any, Protocol
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from edge_agent import compute as pc
 from edge_agent.sampling.compare import above, below, is_integer, is_numeric, nan_mask
 from edge_agent.sampling.settings import Trigger
 from edge_agent.sensors.port import SensorConfigError

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from contract.batches import TS_TYPE, check_schema
 from contract.errors import Rejected
 from contract.limits import DEFAULT_LIMITS
 from contract.names import ROW, TS
+from edge_agent import compute as pc
 from edge_agent.sensors.port import Block, Reading, SensorConfigError, SensorValueError
 from edge_agent.sensors.values import infer_type, scalar_check
 

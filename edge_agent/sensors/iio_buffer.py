@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from edge_agent import compute as pc
 from edge_agent.sensors.iio_channels import Channel, IioOptions, find_channels, find_device, set_frequency
 from edge_agent.sensors.port import Block, SensorConfigError, SensorError
 from edge_agent.sensors.sysfs import read_number, read_text, write_text

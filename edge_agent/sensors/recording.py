@@ -14,9 +14,9 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
+from edge_agent import compute as pc
 from edge_agent.sensors.columns import Columns
 from edge_agent.sensors.options import parse_fields, split_fields
 from edge_agent.sensors.port import SensorConfigError, SensorError

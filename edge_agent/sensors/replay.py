@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from edge_agent import compute as pc
 from edge_agent.sensors.clock import Clock, SystemClock
 from edge_agent.sensors.options import parse_options
 from edge_agent.sensors.port import Block, Sensor, SensorConfigError, SensorError, SensorExhausted

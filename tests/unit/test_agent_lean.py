@@ -51,3 +51,16 @@ def test_drivers_that_may_hand_over_arrays_get_numpy(tmp_path: Path, config: str
     found = loaded(tmp_path, config)
     assert "numpy" in found
     assert found & HEAVY == set()
+
+
+def test_arrow_compute_is_loaded_when_the_first_of_it_is_called() -> None:
+    """Mutants tried: `import pyarrow.compute as pc` in `contract.batches`, and in `edge_agent.sensors.columns`."""
+    code = (
+        "import sys\n"
+        "import edge_agent.app, edge_agent.models.service, edge_agent.sampling.runner, edge_agent.sensors.iio\n"
+        "from edge_agent import compute as pc\n"
+        "before = 'pyarrow.compute' in sys.modules\n"
+        "print(before, pc.add(1, 2), 'pyarrow.compute' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "3", "True"]

@@ -53,7 +53,7 @@ def test_what_cannot_work_is_refused_with_its_remedy(tmp_path: Path, models: str
 
 
 @pytest.mark.parametrize("models", ["", '[models]\nfactory = "factory"\n'])
-def test_an_agent_without_models_loads_nothing_of_them(tmp_path: Path, models: str) -> None:
+def test_an_agent_loads_only_what_its_sensors_and_models_need(tmp_path: Path, models: str) -> None:
     settings_of(tmp_path, '[streams.host]\ndriver = "host"\n' + models)
     code = (
         "import signal, sys, threading\n"
@@ -65,7 +65,7 @@ def test_an_agent_without_models_loads_nothing_of_them(tmp_path: Path, models: s
         "from edge_agent.settings import load_settings\n"
         "threading.Timer(1.0, lambda: signal.raise_signal(signal.SIGTERM)).start()\n"
         "code = run_agent(load_settings(config))\n"
-        "names = ('onnxruntime', 'numpy', 'tuf', 'urllib3', 'onnx', 'edge_agent.models.runner')\n"
+        "names = ('onnxruntime', 'numpy', 'tuf', 'urllib3', 'onnx', 'pyarrow.compute', 'edge_agent.models.runner')\n"
         "print(code, *[name for name in names if sys.modules.get(name)])\n"
     )
     done = subprocess.run(
