@@ -147,12 +147,14 @@ def _anchored(folder: KeyFolder, store: Store) -> TrustRepository:
     return repository
 
 
-def _approved(store: Store) -> list[str]:
+def _approved(store: Store) -> dict[str, str]:
+    """Target → SHA-256 of its manifest."""
     from contract.models import target_path
     from lake.releases import Releases, ReleaseState
 
     releases = Releases(store).look().releases.values()
-    return [target_path(r.model, r.version) for r in releases if r.state is ReleaseState.APPROVED]
+    approved = (release for release in releases if release.state is ReleaseState.APPROVED)
+    return {target_path(release.model, release.version): release.manifest_sha256 for release in approved}
 
 
 def _tell(folder: KeyFolder, repository: TrustRepository, json: bool) -> None:

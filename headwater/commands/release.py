@@ -90,7 +90,8 @@ def show(
 
         book = releases.look()
         found = book.get(*parse_release(release))
-        signed = TrustRepository(releases.store).is_signed(target_path(found.model, found.version))
+        path = target_path(found.model, found.version)
+        signed = TrustRepository(releases.store).is_signed(path, found.manifest_sha256)
         answer = whole(found, lineage_of(book, found), signed=signed)
     if json:
         output.say_json(answer)

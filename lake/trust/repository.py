@@ -58,6 +58,10 @@ from lake.trust.metadata import (
 
 ATTEMPTS_MAX = 50
 """Times that somebody else may come first, before a caller is told to come back."""
+FAR, AFTER_FAR = 100_000_000, 10_000_000
+"""No honest number of snapshot or timestamp is so high. Whoever stole the online key may have counted further than
+hosts serve; once that key is taken back, numbers go on from `AFTER_FAR`: devices forget the high ones with the key
+(TUF specification, 5.3.11: recovery from fast-forward attacks)."""
 
 
 class Published(NamedTuple):
@@ -156,12 +160,18 @@ class TrustRepository:
         state = read_state(self._store, self._anchor)
         return Published(state.root, state.targets.signed, state.snapshot.signed, state.timestamp.signed)
 
-    def is_signed(self, path: str) -> bool:
-        """Whether a target is among the newest signed ones; also no where there is no repository."""
+    def is_signed(self, path: str, sha256: str | None = None) -> bool:
+        """Whether a target is among the newest signed ones; also no where there is no repository.
+
+        Args:
+            path: the target.
+            sha256: of the bytes that are meant; None for any.
+        """
         try:
-            return path in self.published().targets.targets
+            found = self.published().targets.targets.get(path)
         except NotInitialisedError:
             return False
+        return found is not None and sha256 in (None, found.hashes.get("sha256"))
 
     def is_behind(self) -> bool:
         """Whether what was signed waits for a gateway to publish it."""
@@ -187,7 +197,7 @@ class TrustRepository:
         *,
         add: Mapping[str, bytes] | None = None,
         remove: Collection[str] = (),
-        keep: Collection[str] | None = None,
+        keep: Mapping[str, str] | None = None,
         force: bool = False,
     ) -> int:
         """Approve and take back targets, in one version. Nothing is written where nothing changes.
@@ -196,7 +206,7 @@ class TrustRepository:
             keys: the key of the targets role; both, when the key changes.
             add: path → bytes, stored before by `put_target`.
             remove: paths.
-            keep: where given, every other target is removed.
+            keep: path → SHA-256 of its bytes; where given, every other target is removed, and those of other bytes.
             force: sign in any case, for a new expiry.
 
         Returns:
@@ -217,7 +227,10 @@ class TrustRepository:
             state = read_state(self._store, self._anchor)
             self._check(keys, state.root, Targets.type)
             old: Targets = state.targets.signed
-            gone = set(remove) if keep is None else {*remove, *(path for path in old.targets if path not in keep)}
+            gone = set(remove)
+            if keep is not None:
+                # By their bytes: whoever stole the key may have signed others of his own under a name that is known.
+                gone |= {path for path, target in old.targets.items() if keep.get(path) != target.hashes.get("sha256")}
             said = all(old.targets.get(path) == target for path, target in added.items()) and not gone & set(
                 old.targets
             )
@@ -258,10 +271,11 @@ class TrustRepository:
                 or is_due(snapshot.signed, now, expiries.snapshot_days)
                 or not is_vouched(snapshot.data, state.root)
             ):
-                snapshot = self._write_snapshot(state.targets, snapshot.signed.version + 1, keys)
+                snapshot = self._write_snapshot(state.targets, _number_after(snapshot, state.root), keys)
             elif is_vouched(stamp.data, state.root) and not is_due(stamp.signed, now, expiries.timestamp_days):
                 return False
-            content = dated(timestamp_of(snapshot, stamp.signed.version + 1), now, expiries.timestamp_days)
+            number = _number_after(stamp, state.root)
+            content = dated(timestamp_of(snapshot, number), now, expiries.timestamp_days)
             new = signed(content, keys)
             if self._store.replace(TIMESTAMP_PATH, new.data, state.tagged.tag):
                 return True
@@ -336,3 +350,9 @@ class TrustRepository:
                 "`headwater keys rotate`, or move the folder models/ away"
             )
         return there
+
+
+def _number_after(document: Document, root: Root) -> int:
+    """Number of the snapshot or timestamp that takes the place of one."""
+    number: int = document.signed.version
+    return number + 1 if number < FAR or is_vouched(document.data, root) else AFTER_FAR

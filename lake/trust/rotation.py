@@ -4,7 +4,7 @@ wherever the old key is at hand.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Root, Snapshot, Targets, Timestamp
@@ -39,7 +39,7 @@ def rotate_targets(
     old: CryptoSigner | None,
     new: CryptoSigner,
     online: CryptoSigner | None,
-    keep: Collection[str] | None,
+    keep: Mapping[str, str] | None,
 ) -> None:
     """Put another key for approvals into force. Can be repeated after any interruption.
 
@@ -49,7 +49,8 @@ def rotate_targets(
         old: the key of now, where it is not lost.
         new: the key to come.
         online: the online key, where it is at hand; otherwise a gateway publishes.
-        keep: the targets that stay approved; None for all. After a theft, those that people did approve.
+        keep: the targets that stay approved, path → SHA-256 of its bytes; None for all. After a theft, those that
+            people did approve.
 
     Raises:
         TemporaryError: a gateway has to publish first; call again.

@@ -4,11 +4,13 @@ Readers are python-tuf's client over HTTP against a plain file server.
 
 Mutants tried, each made a test here fail: the timestamp put instead of replaced; targets numbered from what is
 published instead of from the newest; an older file under a newer number believed; the root changed before both online
-keys had signed; keys that were taken back believed beyond what is published; no anchor demanded of who approves.
+keys had signed; keys that were taken back believed beyond what is published; no anchor demanded of who approves; after
+a theft, targets kept by their names; numbers that go on from those of a thief.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -19,14 +21,15 @@ import msgspec
 import pytest
 
 from contract.errors import ConfigurationError, TemporaryError
-from contract.models import target_path
+from contract.models import Artifact, target_path
+from gateway.models_http import _METADATA
 from lake.errors import CorruptLakeError, ObjectMissingError
 from lake.store import Store
 from lake.trust import rotation
-from lake.trust.files import NotInitialisedError
+from lake.trust.files import NotInitialisedError, read_state
 from lake.trust.keys import KeyFolder, generate_key
-from lake.trust.metadata import Expiries, dated, signed, with_targets
-from lake.trust.repository import TrustRepository
+from lake.trust.metadata import Expiries, dated, signed, snapshot_of, timestamp_of, with_targets
+from lake.trust.repository import AFTER_FAR, FAR, TrustRepository
 from tests.integration.servers import StoreServer
 from tests.integration.test_lake_s3 import s3_settings
 from tests.trust_world import MODEL, US, Device, World, manifest, static_host
@@ -291,7 +294,7 @@ def test_who_approves_needs_the_trust_anchor_and_signs_no_strangers_repository(w
 
 def test_a_key_that_was_taken_back_adds_nothing(world: World, url: str) -> None:
     stolen, world.targets = world.targets, generate_key()
-    rotation.rotate_targets(world.repository(), [world.root], None, world.targets, world.online, [f"{MODEL}/1.json"])
+    rotation.rotate_targets(world.repository(), [world.root], None, world.targets, world.online, approved(1))
     published = world.repository().published()
     forged = world.repository().put_target(f"{MODEL}/9.json", msgspec.json.encode(manifest(9)))
     number = published.targets.version + 1
@@ -315,11 +318,44 @@ def test_an_older_file_under_a_newer_number_takes_nothing_back(world: World) -> 
     assert len(world.repository().published().targets.targets) == 3
 
 
+def approved(*versions: int) -> dict[str, str]:
+    """What people approved: target → SHA-256."""
+    data = {version: msgspec.json.encode(manifest(version)) for version in versions}
+    return {f"{MODEL}/{version}.json": hashlib.sha256(data[version]).hexdigest() for version in versions}
+
+
 def test_after_a_theft_only_what_people_approved_stays(world: World) -> None:
     world.approve(2)
+    world.approve(3)
+    # The thief has other bytes signed under a name that people approved: `release list` does not show it.
+    world.approve(3, msgspec.json.encode(manifest(3, artifact=Artifact(sha256="f" * 64, size=3))))
     new = generate_key()
-    rotation.rotate_targets(world.repository(), [world.root], None, new, world.online, [f"{MODEL}/2.json"])
+    rotation.rotate_targets(world.repository(), [world.root], None, new, world.online, approved(2, 3))
     assert set(world.repository().published().targets.targets) == {f"{MODEL}/2.json"}
+    assert world.repository().is_signed(f"{MODEL}/2.json", approved(2)[f"{MODEL}/2.json"])
+    assert not world.repository().is_signed(f"{MODEL}/2.json", "f" * 64)
+    assert not world.repository().is_signed(f"{MODEL}/3.json")
+
+
+@pytest.mark.parametrize("far", [FAR - 1, FAR, 10**12])
+def test_a_thief_who_counted_far_is_forgotten_with_the_online_key(world: World, url: str, far: int) -> None:
+    """TUF specification, 5.3.11: what the thief signed last must not be the last that devices can fetch."""
+    device = Device(world, url)
+    state, now_us = read_state(world.store, world.keys.anchor()), int(world.at * US)
+    snapshot = signed(dated(snapshot_of(state.targets, far), now_us, 30), [world.online])
+    stamp = signed(dated(timestamp_of(snapshot, far), now_us, 7), [world.online])
+    world.store.put(f"models/metadata/{far}.snapshot.json", snapshot.data)
+    world.store.put("models/metadata/timestamp.json", stamp.data)
+    assert device.fetch() == manifest(), "it believes the stolen key, and has seen its numbers"
+    new = generate_key()
+    rotation.rotate_online(world.repository(), [world.root], None, new)
+    world.online = new
+    world.approve(2)
+    published = world.repository().published()
+    first = FAR if far < FAR else AFTER_FAR
+    assert (published.snapshot.version, published.timestamp.version) == (first + 1, first + 1)
+    assert _METADATA.fullmatch(f"metadata/{published.snapshot.version}.snapshot.json"), "gateways serve it"
+    assert device.fetch(2) == manifest(2)
 
 
 def test_a_targets_key_changes_only_after_a_gateway_published_both_signatures(world: World, url: str) -> None:
