@@ -26,6 +26,8 @@ _CHI_SQUARE = 27.877
 """0.999 quantile with BINS - 1 degrees of freedom."""
 _KOLMOGOROV = 1.9495
 """0.999 quantile of the Kolmogorov distribution: sqrt(-ln(0.001 / 2) / 2)."""
+_ATOM_REACH = 1e-5
+"""Of the reference's width, within which values are the same where one value holds several deciles."""
 _EMPTY_BIN = 0.5
 """Values that an empty bin is counted as, so that one missing value does not decide."""
 
@@ -101,19 +103,39 @@ def ks_noise(sample: float, reference: float) -> float:
 
 
 def _deciles(mixture: Mixture) -> tuple[Float64s, Float64s]:
-    """Edges `[F, BINS - 1]` at the deciles, and the share of the reference in each bin, `[F, BINS]`."""
-    features, points = mixture.points.shape
+    """Edges `[F, BINS - 1]` at the deciles, and the share of the reference in each bin, `[F, BINS]`.
+
+    A value that holds several deciles, such as a probability of 1 or a count of 0, is a bin of its own, and what lies
+    between it and its neighbours another: else a score that falls from 1 to 0.97 in every window would change nothing.
+    """
+    features = len(mixture.points)
     edges = np.empty((features, BINS - 1))
     expected = np.empty((features, BINS))
-    for number in range(features):
+    for number, (points, above) in enumerate(zip(mixture.points, mixture.above, strict=True)):
         # `above` falls, so its negative rises; the weight below a point is 1 minus that above it.
-        below = 1.0 - mixture.above[number]
-        at = np.searchsorted(below, np.arange(1, BINS) / BINS, side="right") - 1
-        edges[number] = mixture.points[number][at]
-        after = np.searchsorted(mixture.points[number], edges[number], side="right")
-        upto = np.append(below, 1.0)[np.minimum(after, points)]
-        expected[number] = np.diff(upto, prepend=0.0, append=1.0)
+        below = np.append(1.0 - above, 1.0)
+        below[0] = 0.0  # whatever the sum of the weights came to
+        at = np.searchsorted(below[:-1], np.arange(1, BINS) / BINS, side="right") - 1
+        edges[number] = _apart(points[at], points)
+        upto = np.searchsorted(points, edges[number], side="right")
+        # Half of what a point stands for lies behind it, unless it stands for itself.
+        last = np.maximum(upto - 1, 0)
+        alone = (upto > 0) & (points[last] == edges[number]) & (points[np.maximum(last - 1, 0)] != edges[number])
+        half = np.where(alone, below[upto] - below[last], 0.0) / 2
+        expected[number] = np.diff(below[upto] - half, prepend=0.0, append=1.0)
     return edges, expected
+
+
+def _apart(edges: Float64s, points: Float64s) -> Float64s:
+    """Where an edge stands more than once: the first just below the value, the others just above."""
+    width = points[-1] - points[0]
+    # Processors differ in the last bits of an exponential: these must not decide.
+    reach = _ATOM_REACH * width if width > 0 else _ATOM_REACH * abs(points[0])
+    again = np.append(False, edges[1:] == edges[:-1])
+    first = np.append(again[1:], False) & ~again
+    found = np.where(first, edges - reach, np.where(again, edges + reach, edges))
+    # Of a constant 0, and where the reach is lost in rounding.
+    return np.where(first & (found == edges), np.nextafter(edges, -np.inf), found)
 
 
 def _ks(column: Float64s, points: Float64s, above: Float64s) -> float:

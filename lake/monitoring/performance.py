@@ -94,7 +94,7 @@ def performance(lake: Lake, model: str, since: datetime) -> list[Performance]:
 
 
 def latest_query(model: str, since: datetime, windows_max: int) -> str:
-    """The latest rows of every release on every device, one after the other, in the columns of `lake.monitoring.feed`."""
+    """The latest rows of every release on every device, device by device, as `lake.monitoring.feed` has them."""
     return (
         "SELECT _device, release::BIGINT AS release, window_start, ts, score, label, latency_us, nan_count, features "
         f"FROM {identifier(PREDICTIONS_PREFIX + model)} WHERE ts >= make_timestamptz({round(since.timestamp() * 1e6)}) "

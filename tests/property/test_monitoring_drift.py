@@ -1,7 +1,8 @@
 """PSI and KS against plain references and SciPy; intervals of labels against looking them up one by one.
 
 Mutants tried, each made a test here fail: empty bins left out; bins closed below instead of above; KS over one side of
-each step only; label shares not used in `mixed`; the first of two overlapping intervals wins.
+each step only; a value that holds several deciles in one bin with what lies below it; an edge counted to the bin below
+it whole; label shares not used in `mixed`; the first of two overlapping intervals wins.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
 from lake.monitoring.accuracy import disjoint
-from lake.monitoring.drift import BINS, Mixture, compare, ks_noise, psi_noise, psi_of
+from lake.monitoring.drift import BINS, Mixture, _deciles, compare, ks_noise, psi_noise, psi_of
 from lake.monitoring.reference import QUANTILES, decode_reference, encode_reference, make_reference, mixed
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -45,6 +46,35 @@ def test_psi_is_that_of_the_book(sample, reference):
     expected = np.diff(np.searchsorted(np.sort(reference), edges, side="right"), prepend=0, append=len(reference))
     found = psi_of(np.sort(np.array(sample, float)), edges, expected / len(reference))
     assert found == pytest.approx(plain_psi(sample, reference, edges))
+
+
+@given(
+    seed=SEEDS,
+    count=st.integers(100, 400),
+    shift=st.floats(-1.5, 1.5),
+    draw=st.sampled_from(["normal", "exponential", "uniform"]),
+)
+@settings(max_examples=40)
+def test_psi_against_101_quantiles_is_that_of_the_book_against_the_whole_sample(seed, count, shift, draw):
+    rng = np.random.default_rng(seed)
+    training = getattr(rng, draw)(size=5_000)
+    sample = getattr(rng, draw)(size=count) + shift
+    found = compare(mixed(make_reference(training[:, None], training)), np.column_stack([sample, sample]))
+    edges = np.quantile(training, np.arange(1, BINS) / BINS)
+    # numpy's own histogram, and not a line of ours.
+    actual, wanted = (
+        np.histogram(np.clip(values, training.min(), training.max()), [training.min(), *edges, training.max()])[0]
+        for values in (sample, training)
+    )
+    floor = 0.5 / count
+    actual, wanted = np.maximum(actual / count, floor), wanted / len(training)
+    assert found.psi[0] == pytest.approx(np.sum((actual - wanted) * np.log(actual / wanted)), rel=0.02, abs=0.01)
+
+
+def test_the_bins_of_a_continuous_reference_hold_a_tenth_each():
+    training = np.random.default_rng(4).normal(size=20_000)
+    _, expected = _deciles(mixed(make_reference(training[:, None], training)))
+    assert expected == pytest.approx(np.full((2, BINS), 0.1), abs=1e-9)
 
 
 @given(seed=SEEDS, count=st.integers(20, 400), shift=st.floats(-2, 2))
@@ -91,6 +121,43 @@ def test_a_value_that_never_moves_has_not_drifted_and_any_other_value_has():
     assert same.psi.tolist() == [0.0, 0.0] and same.ks.tolist() == [0.0, 0.0]
     moved = compare(mixed(reference), np.full((50, 2), 3.5))
     assert moved.psi[0] > 4 and moved.ks[0] == 1.0
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -2e-30, 1e6])
+@pytest.mark.parametrize("direction", [-1, 1])
+def test_a_value_that_never_moved_is_seen_to_move_down_as_well_as_up(value, direction):
+    reference = make_reference(np.full((500, 1), value), np.full(500, value))
+    moved = compare(mixed(reference), np.full((50, 2), value + direction * max(abs(value), 1e-3) / 2))
+    assert moved.psi[0] > 4 and moved.ks[0] == 1.0
+
+
+def test_scores_that_fall_from_one_a_little_have_drifted_and_those_that_stay_have_not():
+    rng = np.random.default_rng(6)
+
+    def scores(count):
+        return np.where(rng.random(count) < 0.9, 1.0, rng.uniform(0.5, 0.96, count))
+
+    training = scores(4_000)
+    reference = mixed(make_reference(training[:, None], training))
+    same = np.column_stack([scores(200)] * 2)
+    assert compare(reference, same).psi[0] < psi_noise(200, 4_000)
+    assert compare(reference, np.where(same == 1.0, 0.97, same)).psi[0] > 4
+    # Another processor's last bits are no drift.
+    assert compare(reference, np.where(same == 1.0, np.float32(1) - np.float32(6e-8), same)).psi[0] < 0.1
+
+
+@pytest.mark.parametrize("shares", [[0.4, 0.6], [0.25, 0.25, 0.25, 0.25], [0.7, 0.3]])
+def test_whole_numbers_are_compared_by_their_shares(shares):
+    rng = np.random.default_rng(8)
+    training = rng.choice(len(shares), 5_000, p=shares).astype(np.float64)
+    reference = mixed(make_reference(training[:, None], training))
+    same = rng.choice(len(shares), 300, p=shares).astype(np.float64)
+    found = compare(reference, np.column_stack([same, same]))
+    assert found.psi[0] < psi_noise(300, 5_000)
+    actual, wanted = (np.bincount(values.astype(int)) / len(values) for values in (same, training))
+    assert found.psi[0] == pytest.approx(np.sum((actual - wanted) * np.log(actual / wanted)), abs=0.01)
+    between = compare(reference, np.column_stack([same + 0.5] * 2))
+    assert between.psi[0] > 1
 
 
 def test_values_that_are_no_numbers_count_nowhere():

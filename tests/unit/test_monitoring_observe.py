@@ -15,13 +15,14 @@ from lake.monitoring.recent import Ring
 YEAR_US = 366 * 86_400_000_000
 
 
-def rows(device: str, release: int, *end_us: int) -> Predictions:
+def rows(device: str, release: int, *end_us: int, width: int | None = None) -> Predictions:
     count = len(end_us)
     ends = np.array(end_us, dtype=np.int64)
     zeros = np.zeros(count, dtype=np.int64)
     releases = np.full(count, release, dtype=np.int64)
+    features = [None if width is None else np.arange(width, dtype=np.float64)] * count
     return Predictions(
-        [device] * count, releases, ends - 1, ends, np.zeros(count), [""] * count, zeros, zeros, [None] * count
+        [device] * count, releases, ends - 1, ends, np.zeros(count), [""] * count, zeros, zeros, features
     )
 
 
@@ -33,11 +34,6 @@ def test_the_release_whose_windows_came_last_is_the_newest_whatever_the_clock_of
     assert observer.newest() == {"pi-1": 2, "pi-2": 1}
     observer.add(rows("pi-1", 1, 3_000))
     assert observer.newest() == {"pi-1": 1, "pi-2": 1}, "it went back"
-
-
-def with_features(device: str, release: int, count: int, width: int) -> Predictions:
-    found = rows(device, release, *range(1, count + 1))
-    return Predictions(*list(found)[:-1], [np.arange(width, dtype=np.float64)] * count)
 
 
 def test_a_device_that_invents_releases_pushes_no_other_out():
@@ -53,7 +49,7 @@ def test_a_device_that_invents_releases_pushes_no_other_out():
 def test_features_of_another_number_than_the_release_has_are_not_kept():
     observer = Observer(Bounds(windows_max=50))
     for width in (7, 3, 1_000):
-        observer.add(with_features("pi-1", 1, 10, width), width=lambda release: 3)
+        observer.add(rows("pi-1", 1, *range(1, 11), width=width), width=lambda release: 3)
     found = observer.measure((1, "pi-1"), None, 0.25, 1.0)
     assert (found.windows, found.sampled) == (30, 10)
 
