@@ -2,7 +2,8 @@
 
 In JSON and CSV a time is ISO 8601 (with Z where it has a zone) to its last digit and of any year, bytes are base64,
 decimals are text, durations are numbers of their unit, intervals are ISO 8601 durations, NaN and infinities are null in
-JSON, and what is nested is JSON in CSV. Columns of one name get numbers: `a`, `a_1`, `a_2`.
+JSON, and what is nested is JSON in CSV. Columns of one name get numbers: `a`, `a_1`, `a_2`; so do members of a struct in
+JSON.
 """
 
 from __future__ import annotations
@@ -124,7 +125,8 @@ def plain(array: pa.Array) -> list[Any]:
         return _times(array)
     if types.is_struct(kind):
         children = [plain(array.field(index)) for index in range(kind.num_fields)]
-        names = [child.name for child in kind]
+        # What SQL's row(1, 2) makes has no names.
+        names = names_apart([child.name for child in kind])
         rows = (dict(zip(names, row, strict=True)) for row in zip(*children, strict=True))
         return [row if valid else None for row, valid in zip(rows, array.is_valid().to_pylist(), strict=True)]
     if types.is_map(kind) or types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):

@@ -111,6 +111,16 @@ def test_columns_of_one_name_are_all_there_and_told_apart() -> None:
     assert pa.ipc.open_stream(written(Format.ARROW, batch)).read_all().to_pylist() == [wanted]
 
 
+def test_members_of_a_struct_without_names_all_come() -> None:
+    """SQL's row(1, 2) has two members of no name."""
+    pair = pa.StructArray.from_arrays([pa.array([1, 3]), pa.array([2, 4])], names=["", ""])
+    batch = pa.record_batch({"r": pair})
+    wanted = [{"r": {"": 1, "_1": 2}}, {"r": {"": 3, "_1": 4}}]
+    assert json.loads(written(Format.JSON, batch)) == wanted
+    assert [json.loads(line) for line in written(Format.JSONL, batch).splitlines()] == wanted
+    assert written(Format.CSV, batch).splitlines()[1] == b'"{"""":1,""_1"":2}"
+
+
 def test_intervals_are_iso_8601_durations() -> None:
     """Months, days and nanoseconds do not add up to each other, so each has its own sign."""
     given = [(2, 3, 1_500_000_000), (-14, 0, 0), (0, -1, -250_000_000), (0, 0, 1), (0, 0, 0), None]
