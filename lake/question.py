@@ -14,8 +14,19 @@ from lake.errors import QueryError
 
 _EXPLAIN = re.compile(r"(?:\s|--[^\n]*\n|/\*.*?\*/)*explain\s+(?:analyze\s+)?", re.IGNORECASE | re.DOTALL)
 _POINTED_MAX = 40
-_LISTING = ("duckdb_", "pragma_", "query")
-"""Functions that look at tables by themselves, or at the catalog."""
+_CATALOG = ("duckdb_", "pragma_")
+"""Functions that look at the catalog, which has all tables then."""
+_BY_NAME = "query_table"
+"""The function that looks at tables whose names are values."""
+_FUNCTIONS = frozenset(
+    f"{_BY_NAME} delta_scan delta_list_files parquet_scan parquet_schema parquet_metadata parquet_file_metadata "
+    "parquet_full_metadata parquet_kv_metadata parquet_bloom_probe read_parquet read_csv read_csv_auto sniff_csv "
+    "read_json read_json_auto read_json_objects read_json_objects_auto read_ndjson read_ndjson_auto "
+    "read_ndjson_objects read_text read_blob glob range generate_series unnest repeat repeat_row json_each json_tree "
+    "histogram histogram_values summary test_all_types pg_timezone_names icu_calendar_names which_secret".split()
+)
+"""Functions that may stand behind FROM, beside those of `_CATALOG`. DuckDB has others that do something (write logs to
+a file, set options), that read memory by its address, or that hide another question in a text."""
 
 
 class Question(NamedTuple):
@@ -58,7 +69,11 @@ def read_question(cursor: duckdb.DuckDBPyConnection, query: str) -> Question:
         elif kind == "SHOW_REF":
             all_tables |= bool(node["table_name"])
         elif kind == "TABLE_FUNCTION":
-            all_tables |= node["function"].get("function_name", "").startswith(_LISTING)
+            function = str(node["function"].get("function_name", "")).lower()
+            looks_at_all = function.startswith(_CATALOG) or function == _BY_NAME
+            if not (looks_at_all or function in _FUNCTIONS):
+                raise QueryError(f"FROM {function}(…) is not answered here: ask the tables themselves, by SELECT")
+            all_tables |= looks_at_all
     return Question(frozenset(tables), frozenset(qualified), all_tables)
 
 

@@ -71,6 +71,13 @@ UNANSWERABLE = [
     ("FROM '/etc/hostname'", "hostname"),
     ("FROM glob('/etc/*')", "disabled"),
     ("FROM read_parquet('https://127.0.0.1:1/x.parquet')", "disabled"),
+    ("FROM enable_logging(storage = 'file', storage_path = 'x')", "FROM enable_logging(…) is not answered"),
+    ("EXPLAIN ANALYZE SELECT * FROM Enable_Logging()", "enable_logging"),
+    ("WITH c AS (SELECT * FROM truncate_duckdb_logs()) SELECT 1", "truncate_duckdb_logs"),
+    ("FROM query('FROM enable_logging()')", "FROM query(…)"),
+    ("FROM json_execute_serialized_sql(json_serialize_sql('FROM s'))", "json_execute_serialized_sql"),
+    ("FROM delta_set_transaction_version('s', 'a', 1)", "delta_set_transaction_version"),
+    ("SELECT (SELECT count(*) FROM arrow_scan(1, 2, 3))", "arrow_scan"),
     ("PIVOT s ON x USING count(*)", "IN"),
     ('FROM "../../etc"', "no stream"),
     ("FROM nothing", "it has headwater.events, s"),
@@ -355,6 +362,9 @@ class QuerySuite:
         assert lake.sql("SUMMARIZE s").num_rows == 10
         assert lake.sql("EXPLAIN FROM s").num_rows == 1
         assert answer(lake, "WITH s AS (SELECT 7 AS x) SELECT x FROM s") == [(7,)]
+        assert answer(lake, "SELECT count(*) FROM query_table('s')") == [(3,)]
+        assert answer(lake, "SELECT max(n) FROM range(5) r(n), LATERAL (SELECT unnest([n]))") == [(4,)]
+        assert ("s",) in answer(lake, "SELECT view_name FROM duckdb_views()")
         assert answer(lake, f"SELECT count(*) FROM delta_scan('{store.table_uri('raw/s')}')") == [(3,)]
         assert answer(lake, "PIVOT s ON _row IN (0, 1) USING count(*) GROUP BY _device") == [(A, 1, 1)]
 
