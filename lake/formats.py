@@ -2,8 +2,8 @@
 
 In JSON and CSV a time is ISO 8601 (with Z where it has a zone) to its last digit and of any year, bytes are base64,
 decimals are text, durations are numbers of their unit, intervals are ISO 8601 durations, NaN and infinities are null in
-JSON, and what is nested is JSON in CSV. Columns of one name get numbers: `a`, `a_1`, `a_2`; so do members of a struct in
-JSON.
+JSON, and what is nested is JSON in CSV. Columns of one name get numbers: `a`, `a_1`, `a_2`; in JSON so do members of
+structs.
 """
 
 from __future__ import annotations
