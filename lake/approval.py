@@ -18,7 +18,7 @@ from securesystemslib.signer import CryptoSigner
 from contract.errors import ConfigurationError, TemporaryError
 from contract.models import Manifest, check_manifest, target_path
 from lake.errors import CorruptLakeError, ObjectMissingError
-from lake.releases import Release, ReleaseEventKind, ReleaseRefused, Releases, ReleaseState, require_state
+from lake.releases import TEXT_MAX, Release, ReleaseEventKind, ReleaseRefused, Releases, ReleaseState, require_state
 from lake.rollouts import PATH as ROLLOUTS_PATH
 from lake.rollouts import SCHEMA as ROLLOUTS_SCHEMA
 from lake.rollouts import RolloutTable
@@ -59,16 +59,17 @@ def approve(
         model: of the release.
         version: of the release.
         approver: who, and the keys.
-        why: for the record.
+        why: for the record; never empty.
         wait_s: without the online key, how long a gateway is given to publish it.
 
     Raises:
         ReleaseRefused: there is no such release, it is retired, or what it names is missing or wrong.
         TemporaryError: it is signed, but no gateway has published it; approve again to have it recorded.
-        ConfigurationError: the key is not that of the targets.
+        ConfigurationError: the key is not that of the targets, or nobody answers for it.
         StoreUnavailableError: the store did not answer; call again.
     """
     release = releases.look().get(model, version)
+    _check_person(approver.who, why)
     if release.state is not ReleaseState.APPROVED:
         require_state(release, ReleaseEventKind.APPROVED)
     _check(releases, release)
@@ -95,16 +96,28 @@ def retire(releases: Releases, model: str, version: int, approver: Approver, why
 
     Raises:
         ReleaseRefused: there is no such release, or a rollout that is under way names it.
-        ConfigurationError: the key is not that of the targets.
+        ConfigurationError: the key is not that of the targets, or nobody answers for it.
         StoreUnavailableError: the store did not answer; call again.
     """
     release = releases.look().get(model, version)
+    _check_person(approver.who, why)
     _check_unused(releases, release)
     path = target_path(model, version)
     if approver.trust.is_signed(path):
         approver.trust.sign_targets(_keys(approver, "retiring"), remove=[path])
     release = releases.record(ReleaseEventKind.RETIRED, model, version, who=approver.who, why=why)
     return Decision(release, _published(approver))
+
+
+def _check_person(who: str, why: str) -> None:
+    """What lets devices run a model, or forbids it, has somebody who answers for it, and a reason that can be read."""
+    if not who.strip() or len(who) > TEXT_MAX:
+        raise ConfigurationError(f"who = {who[:80]!r} names nobody; say who does this (--by)")
+    if not why.strip() or len(why) > TEXT_MAX:
+        raise ConfigurationError(
+            f"why = {why[:80]!r} is no reason; say why (--why) in 1 to {TEXT_MAX:,} characters: it stands in "
+            "control/releases"
+        )
 
 
 def _check_unused(releases: Releases, release: Release) -> None:

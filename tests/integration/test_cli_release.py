@@ -78,6 +78,10 @@ def test_a_release_from_draft_to_retirement(shell: Shell) -> None:
     ]
     assert shell("release", "list", "--stream", "watch", "--since", "8", keys=False) == []
     assert "approved" in shell("release", "show", MODEL, keys=False, status=2)
+    for word in ("approve", "retire"):
+        assert "why = ' ' is no reason; say why (--why)" in shell("release", word, f"{MODEL}@2", "--why", " ", status=2)
+    assert "why = ''" in shell("release", "approve", f"{MODEL}@2", status=2)
+    assert shell("release", "show", f"{MODEL}@2", keys=False)["signed"] is False
     answer = shell("release", "approve", f"{MODEL}@2", "--by", "bob", "--why", "better")
     assert answer == {"model": MODEL, "version": 2, "state": "approved", "published": True}
     shown = shell("release", "show", MODEL, keys=False)
@@ -91,7 +95,7 @@ def test_a_release_from_draft_to_retirement(shell: Shell) -> None:
 def test_the_drill_of_changing_every_key(shell: Shell) -> None:
     shell("keys", "init")
     shell.publish()
-    shell("release", "approve", f"{MODEL}@1")
+    shell("release", "approve", f"{MODEL}@1", "--why", "good")
     before = {role["role"]: role["key"] for role in shell("keys", "show")["roles"]}
     for number, role in enumerate(("online", "targets", "root"), 2):
         assert shell("keys", "rotate", role)["root_version"] == number
@@ -102,7 +106,7 @@ def test_the_drill_of_changing_every_key(shell: Shell) -> None:
     assert shell("release", "show", MODEL, keys=False)["signed"] is True
     assert shell("keys", "renew")["root_version"] == 5
     (shell.keys / "targets.pem").unlink()
-    assert "targets.pem" in shell("release", "retire", f"{MODEL}@1", status=2)
+    assert "targets.pem" in shell("release", "retire", f"{MODEL}@1", "--why", "drift", status=2)
     assert shell("keys", "rotate", "targets", "--stolen")["root_version"] == 6
     assert shell("release", "show", MODEL, keys=False)["signed"] is True
 
@@ -111,9 +115,9 @@ def test_encrypted_keys_ask_for_their_passphrase(shell: Shell, monkeypatch: pyte
     monkeypatch.setenv("HEADWATER_KEY_PASSPHRASE", "secret")
     shell("keys", "init")
     shell.publish()
-    shell("release", "approve", f"{MODEL}@1")
+    shell("release", "approve", f"{MODEL}@1", "--why", "good")
     monkeypatch.delenv("HEADWATER_KEY_PASSPHRASE")
-    assert "HEADWATER_KEY_PASSPHRASE" in shell("release", "retire", f"{MODEL}@1", status=2)
+    assert "HEADWATER_KEY_PASSPHRASE" in shell("release", "retire", f"{MODEL}@1", "--why", "drift", status=2)
 
 
 @pytest.mark.parametrize(

@@ -180,10 +180,10 @@ def test_a_kill_between_signature_and_row_is_made_good_by_approving_again(
     with monkeypatch.context() as patch:
         patch.setattr(Releases, "record", die)
         with pytest.raises(PowerCut):
-            approve(releases, MODEL, 1, approver(world), "")
+            approve(releases, MODEL, 1, approver(world), "a test")
     assert signed(world) == {target_path(MODEL, 1)}
     assert Releases(world.store).look().get(MODEL, 1).state is ReleaseState.DRAFT
-    assert approve(releases, MODEL, 1, approver(world), "").release.state is ReleaseState.APPROVED
+    assert approve(releases, MODEL, 1, approver(world), "a test").release.state is ReleaseState.APPROVED
     assert not world.repository().is_behind()
 
 
@@ -195,23 +195,23 @@ def test_what_a_release_names_has_to_be_there_and_right(releases: Releases, worl
     good = world.store.get(path)
     world.store.put(path, b"x" * len(good))
     with pytest.raises(ReleaseRefused, match="not what its name says"):
-        approve(releases, MODEL, 1, approver(world), "")
+        approve(releases, MODEL, 1, approver(world), "a test")
     world.store.delete(path)
     with pytest.raises(ReleaseRefused, match="no such object"):
-        approve(releases, MODEL, 1, approver(world), "")
+        approve(releases, MODEL, 1, approver(world), "a test")
     assert signed(world) == set()
     world.store.put(path, good)
-    assert approve(releases, MODEL, 1, approver(world), "").release.state is ReleaseState.APPROVED
+    assert approve(releases, MODEL, 1, approver(world), "a test").release.state is ReleaseState.APPROVED
 
 
 def test_retiring_takes_it_out_of_what_devices_believe(releases: Releases, world: World) -> None:
     published(releases)
-    approve(releases, MODEL, 1, approver(world), "")
+    approve(releases, MODEL, 1, approver(world), "a test")
     decision = retire(releases, MODEL, 1, approver(world), "it drifts")
     assert decision.release.state is ReleaseState.RETIRED
     assert signed(world) == set()
     with pytest.raises(ReleaseRefused, match="retired, and cannot become approved"):
-        approve(releases, MODEL, 1, approver(world), "")
+        approve(releases, MODEL, 1, approver(world), "a test")
     with pytest.raises(ReleaseRefused, match="no approved release"):
         releases.look().get(MODEL)
     retire(releases, MODEL, 1, approver(world), "again")
@@ -221,7 +221,7 @@ def test_what_a_rollout_under_way_brings_or_goes_back_to_is_not_retired(releases
     """Mutants tried: only `version` is looked at; rollouts that have ended count."""
     for version in (1, 2):
         published(releases, seed=version)
-        approve(releases, MODEL, version, approver(world), "")
+        approve(releases, MODEL, version, approver(world), "a test")
     table = RolloutTable(lambda: ControlTable(world.store, rollouts.PATH, rollouts.SCHEMA))
     order = Spec(model=MODEL, version=2, sha256="2" * 64, previous=1, previous_sha256="1" * 64, stages=())
     detail = msgspec.json.encode(order).decode()
@@ -231,16 +231,16 @@ def test_what_a_rollout_under_way_brings_or_goes_back_to_is_not_retired(releases
         with pytest.raises(
             ReleaseRefused, match=f"@{version} cannot be retired: rollout 'r' is running, and {use}; wait"
         ):
-            retire(releases, MODEL, version, approver(world), "")
+            retire(releases, MODEL, version, approver(world), "a test")
         assert releases.look().get(MODEL, version).state is ReleaseState.APPROVED
     assert len(signed(world)) == 2
     table.act(lambda book: [row._replace(event=rollouts.EventKind.ABORTED)])
-    assert retire(releases, MODEL, 1, approver(world), "").release.state is ReleaseState.RETIRED
+    assert retire(releases, MODEL, 1, approver(world), "a test").release.state is ReleaseState.RETIRED
 
 
 def test_a_draft_is_retired_without_a_key(releases: Releases, world: World) -> None:
     published(releases)
-    assert retire(releases, MODEL, 1, approver(world, targets=None), "").release.state is ReleaseState.RETIRED
+    assert retire(releases, MODEL, 1, approver(world, targets=None), "a test").release.state is ReleaseState.RETIRED
 
 
 def test_who_approves_and_who_retires_at_once_leave_it_retired(
@@ -259,29 +259,29 @@ def test_who_approves_and_who_retires_at_once_leave_it_retired(
 
     monkeypatch.setattr(Releases, "record", late)
     with pytest.raises(ReleaseRefused, match="retired"):
-        approve(releases, MODEL, 1, approver(world), "")
+        approve(releases, MODEL, 1, approver(world), "a test")
     assert signed(world) == set()
 
 
 def test_keys_are_asked_for_by_name(releases: Releases, world: World) -> None:
     published(releases)
     with pytest.raises(ConfigurationError, match=r"targets\.pem"):
-        approve(releases, MODEL, 1, approver(world, targets=None), "")
+        approve(releases, MODEL, 1, approver(world, targets=None), "a test")
     with pytest.raises(ConfigurationError, match="targets metadata needs"):
-        approve(releases, MODEL, 1, approver(world, targets=world.online), "")
+        approve(releases, MODEL, 1, approver(world, targets=world.online), "a test")
 
 
 def test_a_release_counts_as_approved_when_devices_can_see_it(releases: Releases, world: World) -> None:
     published(releases)
     people = approver(world, online=None)
     with pytest.raises(TemporaryError, match="no gateway published it"):
-        approve(releases, MODEL, 1, people, "", wait_s=0.1)
+        approve(releases, MODEL, 1, people, "a test", wait_s=0.1)
     assert releases.look().get(MODEL, 1).state is ReleaseState.DRAFT
     gateway = threading.Timer(0.3, lambda: world.repository().publish([world.online]))
     gateway.start()
-    assert approve(releases, MODEL, 1, people, "", wait_s=20).release.state is ReleaseState.APPROVED
+    assert approve(releases, MODEL, 1, people, "a test", wait_s=20).release.state is ReleaseState.APPROVED
     gateway.join(10)
-    assert not retire(releases, MODEL, 1, people, "").published
+    assert not retire(releases, MODEL, 1, people, "a test").published
 
 
 def test_an_artifact_is_given_back_only_as_it_was_put(releases: Releases, world: World) -> None:

@@ -121,7 +121,7 @@ def test_a_release_replaces_the_newest_approved_one(context: StepContext, world:
     name = context.recipe.name
     step(context)
     approver = Approver(world.repository(), world.targets, world.online, "bob")
-    approve(Releases(world.store), name, 1, approver, "")
+    approve(Releases(world.store), name, 1, approver, "a test")
     assert step(replace(context, seed=8))["parent"] == 1
     assert step(replace(context, seed=9))["parent"] == 1
 
