@@ -67,6 +67,8 @@ class Counters:
     shadow: int = 0
     trial: int = 0
     bad: int = 0
+    """In shadow and in trial; the next are those in trial."""
+    trial_bad: int = 0
     compared: int = 0
     disagreements: int = 0
 
@@ -297,7 +299,7 @@ class Engine:
             feed = same[0]
         if running.front:
             if feed.candidate is not None:
-                outcome = self._tried(feed.candidate, cut)
+                outcome = self._tried(feed.candidate, cut, trial=True)
                 feed.candidate.counters.trial += 1
                 if outcome is not None:
                     self._writer.write(feed.model, cut, outcome, None)
@@ -305,7 +307,7 @@ class Engine:
         active = self._outcome(feed.active, cut) if feed.active is not None else None
         shadow = None
         if feed.candidate is not None:
-            shadow, counters = self._tried(feed.candidate, cut), feed.candidate.counters
+            shadow, counters = self._tried(feed.candidate, cut, trial=False), feed.candidate.counters
             if active is not None and shadow is not None:
                 counters.compared += 1
                 counters.disagreements += active.answer.label != shadow.answer.label
@@ -314,11 +316,12 @@ class Engine:
         if active is not None:
             self._writer.write(feed.model, cut, active, shadow)
 
-    def _tried(self, candidate: Loaded, cut: Cut) -> Outcome | None:
+    def _tried(self, candidate: Loaded, cut: Cut, *, trial: bool) -> Outcome | None:
         """The candidate's outcome, with what is bad about it counted."""
         outcome = self._outcome(candidate, cut)
         if outcome is None or (math.isnan(outcome.answer.score) and not outcome.answer.nan_count):
             candidate.counters.bad += 1
+            candidate.counters.trial_bad += trial
         return outcome
 
     def _outcome(self, loaded: Loaded, cut: Cut) -> Outcome | None:

@@ -152,6 +152,8 @@ class Scored:
     """Of both: failed, or a score that is NaN though nothing in the window is."""
     compared: int
     disagreements: int
+    trial_bad: int = 0
+    """Of `bad`, those in trial."""
 
 
 @dataclass(frozen=True)
@@ -388,9 +390,12 @@ def _scored(record: ModelRecord, order: ReportedOrder, assignment: Assignment, e
     in_shadow = order.state is DeviceState.SHADOW
     if (event.shadow < trial.shadow_windows) if in_shadow else (event.trial < trial.trial_windows):
         return Step(record, False)
-    if event.bad > trial.nan_share_max * windows:
+    # The trial's windows also by themselves: many good ones in the shadow would outweigh any number of bad ones.
+    judged = ((event.bad, windows), (event.trial_bad, event.trial))
+    too_bad = next(((bad, of) for bad, of in judged if bad > trial.nan_share_max * of), None)
+    if too_bad is not None:
         why = (
-            f"{event.bad} of {windows} windows failed or scored NaN, more than a share of {trial.nan_share_max:g}; "
+            f"{too_bad[0]} of {too_bad[1]} windows failed or scored NaN, more than a share of {trial.nan_share_max:g}; "
             "look at the model's probe and at this device's readings"
         )
         return _end(record, DeviceState.FAILED, why, now_us)

@@ -336,7 +336,15 @@ class ModelService:
             shadow, trial = done.shadow, done.trial
             self._take(
                 model,
-                Scored(record.assignment.sequence, shadow, trial, done.bad, done.compared, done.disagreements),
+                Scored(
+                    record.assignment.sequence,
+                    shadow,
+                    trial,
+                    done.bad,
+                    done.compared,
+                    done.disagreements,
+                    done.trial_bad,
+                ),
             )
         self._take(model, Tick(in_state_s, self._synced()))
         active = self._active.get(model)

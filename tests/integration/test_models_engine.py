@@ -1,6 +1,7 @@
 """The worker of an agent's models: what hangs is ended and told as late, and every run is a sign of life.
 
-Mutants tried: no sign of life but once a round; a request that was stopped told as a failure of the model.
+Mutants tried: no sign of life but once a round; a request that was stopped told as a failure of the model; bad windows
+of the trial not told from those of the shadow.
 """
 
 from __future__ import annotations
@@ -84,6 +85,18 @@ def test_every_run_of_a_round_is_a_sign_of_life(monkeypatch: pytest.MonkeyPatch)
         pass
     assert len(seen) == 2
     assert before < seen[0] < seen[1]
+
+
+def test_bad_windows_of_the_trial_are_counted_apart_from_those_of_the_shadow() -> None:
+    engine, candidate = engine_of(), loaded(2, character="nan")
+    for front, trial_bad in ((False, 0), (True, 1), (True, 2)):
+        engine.configure("gestures", loaded(1), candidate, front=front)
+        fed(engine)  # time goes back: a new window
+        while engine.round():
+            pass
+        counters = candidate.counters
+        assert (counters.bad, counters.trial_bad) == (1 + trial_bad, trial_bad)
+        assert (counters.shadow, counters.trial) == (1, trial_bad)
 
 
 def test_predictions_that_find_no_room_are_counted_by_model() -> None:

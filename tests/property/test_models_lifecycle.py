@@ -2,7 +2,7 @@
 
 Mutants tried: disagreement as a share of all windows instead of the compared ones; a release kept as previous through
 an order for version 0; older orders opened again with one that was rejected; news of a proven order hidden behind a
-forged one.
+forged one; bad windows of the trial outweighed by good ones of the shadow.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ events = st.one_of(
     st.builds(Ended, sequences, st.just(DeviceState.REJECTED), st.just("why"), st.just(True)),
     st.builds(Repeated, sequences),
     st.builds(Loading, sequences, st.booleans()),
-    st.builds(Scored, sequences, few, few, few, few, few),
+    st.builds(Scored, sequences, few, few, few, few, few, few),
     st.builds(Tick, st.sampled_from([0.0, 61.0]), st.booleans()),
     st.just(ActiveLoading()),
     st.just(ActiveProven()),
@@ -172,6 +172,16 @@ def test_nan_and_failures_end_the_trial() -> None:
     record = walked(in_shadow(), Scored(1, 3, 0, 1, 2, 0))
     assert walked(record, Scored(1, 3, 3, 3, 2, 0)).order.state is DeviceState.FAILED
     assert walked(record, Scored(1, 3, 3, 2, 2, 0)).order.state is DeviceState.COMMITTED
+
+
+def test_a_trial_in_which_every_window_fails_ends_it_however_long_and_good_the_shadow_was() -> None:
+    options = {"shadow_windows": 1_000, "trial_windows": 20, "nan_share_max": 0.5}
+    record = walked(in_shadow(**options), Scored(1, 1_000, 0, 0, 1_000, 0))
+    assert record.order.state is DeviceState.TRIAL
+    failed = walked(record, Scored(1, 1_000, 20, 20, 1_000, 0, 20))
+    assert (failed.order.state, failed.active) == (DeviceState.FAILED, release(1))
+    assert "20 of 20 windows failed" in failed.order.reason
+    assert walked(record, Scored(1, 1_000, 20, 10, 1_000, 0, 10)).order.state is DeviceState.COMMITTED
 
 
 def test_time_ends_a_trial_by_its_own_clock_and_a_wait_by_the_orders_end() -> None:
