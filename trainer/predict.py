@@ -93,6 +93,8 @@ class _Work(NamedTuple):
     lane: Lane
     last: int
     """Its last seq."""
+    end: int
+    """The last seq with a row that may end a window of the span."""
     done: int
     rows: int
     """Beyond it, about: batches are taken to have the same number of rows."""
@@ -159,22 +161,24 @@ class _Run:
 
     def work(self) -> list[_Work]:
         """The lanes with rows that are not done, by device and epoch."""
+        since_us, until_us = self.span
+        # Clocks are set back: the last row before a moment may stand anywhere in its lane.
+        before = "" if until_us is None else f" FILTER (WHERE epoch_us(ts) < {until_us})"
         found = self.lake.sql(
-            f"SELECT {DEVICE}, {EPOCH}, min({SEQ}), max({SEQ}), count(*), epoch_us(min(ts)), epoch_us(max(ts)) "
+            f"SELECT {DEVICE}, {EPOCH}, min({SEQ}), max({SEQ}), max({SEQ}){before}, count(*), epoch_us(max(ts)) "
             f"FROM {identifier(self.path)} GROUP BY ALL ORDER BY ALL",
             at=self.pins,
         )
         work = []
-        for device, epoch, first, last, rows, first_us, last_us in zip(
+        for device, epoch, first, last, end, rows, last_us in zip(
             *(each.to_pylist() for each in found.columns), strict=True
         ):
             lane = Lane(device, epoch)
             done = self.table.progress(lane)
-            since_us, until_us = self.span
-            outside = (since_us is not None and last_us < since_us) or (until_us is not None and first_us >= until_us)
-            if done < last and not outside:
-                left = rows if done < first else -(-rows * (last - done) // (last - first + 1))
-                work.append(_Work(lane, last, done, left))
+            if end is None or end <= done or (since_us is not None and last_us < since_us):
+                continue
+            left = -(-rows * (end - max(done, first - 1)) // (last - first + 1))
+            work.append(_Work(lane, last, end, done, left))
         return work
 
     def score(self, work: Sequence[_Work], done: Any) -> None:
@@ -248,12 +252,14 @@ class _Run:
     def _rows(self, work: Sequence[_Work]) -> Iterator[tuple[Lane, LaneRows]]:
         """Rows of some lanes, in pieces of one lane each, from where cutting has to begin."""
         begins = self._begins(work)
-        lanes = ", ".join(f"({literal(w.lane.device)}, {literal(w.lane.epoch)}, {begins.get(w.lane, 0)})" for w in work)
+        lanes = ", ".join(
+            f"({literal(w.lane.device)}, {literal(w.lane.epoch)}, {begins.get(w.lane, 0)}, {w.end})" for w in work
+        )
         fields = "".join(f", r.{identifier(name)}" for name in self.manifest.fields)
         query = (
             f"SELECT r.{DEVICE}, r.{EPOCH}, epoch_us(r.ts), r.{SEQ}, r.{ROW}{fields} FROM {identifier(self.path)} r "
-            f"JOIN (VALUES {lanes}) l(device, epoch, begin_) "
-            f"ON r.{DEVICE} = l.device AND r.{EPOCH} = l.epoch AND r.{SEQ} >= l.begin_ "
+            f"JOIN (VALUES {lanes}) l(device, epoch, begin_, end_) "
+            f"ON r.{DEVICE} = l.device AND r.{EPOCH} = l.epoch AND r.{SEQ} BETWEEN l.begin_ AND l.end_ "
             f"WHERE r.{DEVICE} BETWEEN {literal(work[0].lane.device)} AND {literal(work[-1].lane.device)} "
             f"ORDER BY r.{DEVICE}, r.{EPOCH}, r.{SEQ}, r.{ROW}"
         )

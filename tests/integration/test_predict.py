@@ -5,7 +5,7 @@ means with numpy.
 
 Mutants tried, each made a test fail: reading on from the first row that is not done; no look at what runs over a span
 wrote; progress moved by a run over a span; a partly read batch counted as done; no counter of runs;
-the row within the batch ignored when cutting goes on.
+the row within the batch ignored when cutting goes on; a span that ends at the first row behind it.
 """
 
 from __future__ import annotations
@@ -155,6 +155,28 @@ def test_spans_write_their_windows_and_leave_the_others_to_later_runs(store, fle
     run(store, span=Span(BASE_US + 40_000_000, None))
     assert written(store) == expected(fleet, stride, Span(middle.since_us, None))
     fleet.send("pi-1", 1, [5])
+    run(store)
+    assert written(store) == expected(fleet, stride)
+
+
+def test_a_span_reads_no_batch_behind_the_last_row_of_it(store, fleet, stride):
+    """Clocks of these devices jump ahead and are set back, so the oracle looks at each row."""
+    for device in ("pi-1", "pi-2"):
+        fleet.send(device, 1, [20, 1, 30, 2, 40])
+    fleet.send("pi-3", 1, [30], late_s=36_000)
+    moment = BASE_US + 45_000_000
+    needed = 0
+    for batches in fleet.sent.values():
+        early = [
+            number for number, batch in enumerate(batches, 1) if min(batch["ts"].cast(pa.int64()).to_pylist()) < moment
+        ]
+        needed += sum(batch.num_rows for batch in batches[: max(early, default=0)])
+    bar = Bar()
+    found = run(store, span=Span(None, moment), progress=bar)
+    assert written(store) == expected(fleet, stride, Span(None, moment))
+    assert (found.devices, found.rows) == (2, needed)
+    assert 0 < needed < 186
+    assert sum(bar.steps) == bar.total
     run(store)
     assert written(store) == expected(fleet, stride)
 
