@@ -31,7 +31,7 @@ from trainer.recipe import Recipe
 from trainer.search import fit_candidate, load_result
 from trainer.split import Fold, Split
 from trainer.steps import Outputs, StepContext
-from trainer.tracking import is_asked_for, log_run
+from trainer.tracking import RUN_TAG, is_asked_for, log_run
 from trainer.trials import SearchResult
 from trainer.windowset import WindowSet
 
@@ -347,16 +347,23 @@ def tell(context: StepContext) -> None:
     """Log a published evaluation in MLflow, where `trainer.tracking` is asked to.
 
     Raises:
-        ConfigurationError: MLflow is not installed.
-        TemporaryError: its server does not take the run.
+        ConfigurationError: MLflow is not installed, or refuses the run.
+        TemporaryError: its server does not answer.
     """
     if not is_asked_for():
         return
-    said = context.outputs("evaluate")
+    record, dataset = context.record("evaluate"), context.windows()
+    said = record.outputs
     result, _ = load_result(context)
-    log_run(
-        context.recipe, result, said["metrics"], [context.folder("evaluate") / name for name in said["files"].values()]
-    )
+    tags = {
+        RUN_TAG: record.run,
+        "headwater.code": record.code,
+        "headwater.dataset": dataset.sha256(),
+        "headwater.streams": ", ".join(f"{name}@{version}" for name, version in sorted(dataset.meta.streams.items())),
+        "headwater.split": context.split().description,
+    }
+    files = [context.folder("evaluate") / name for name in said["files"].values()]
+    log_run(context.recipe, result, said["metrics"], files, tags)
 
 
 def _summary(baseline: Baseline) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn import metrics
 
 from trainer.evaluation import CurvePoint, DeviceFigures, Drift
@@ -67,7 +68,7 @@ def confusion(figures: ClassificationFigures) -> str:
         return _svg(figure)
 
 
-def curves(scores: Float32s, truth: Int64s, names: Sequence[str]) -> tuple[str, str]:
+def class_curves(scores: Float32s, truth: Int64s, names: Sequence[str]) -> tuple[str, str]:
     """ROC and precision-recall, each class against the rest.
 
     Args:
@@ -75,18 +76,26 @@ def curves(scores: Float32s, truth: Int64s, names: Sequence[str]) -> tuple[str, 
         truth: `[N]`, indices of `names`.
         names: of the `K` columns.
     """
+    return curves([(name, scores[:, number], truth == number) for number, name in enumerate(names)])
+
+
+def curves(shown: Sequence[tuple[str, Float32s, npt.NDArray[np.bool_]]]) -> tuple[str, str]:
+    """ROC and precision-recall of several answers; one whose windows are all true, or none, has no curve.
+
+    Args:
+        shown: name, scores `[N]`, and which of the `N` are true.
+    """
     drawn = []
     with mpl.rc_context(_STYLE):
         for kind in ("roc", "pr"):
             figure, axes = _figure()
-            for number, name in enumerate(names):
-                positive = truth == number
+            for name, scores, positive in shown:
                 if positive.all() or not positive.any():
                     continue
                 if kind == "roc":
-                    x, y, _ = metrics.roc_curve(positive, scores[:, number])
+                    x, y, _ = metrics.roc_curve(positive, scores)
                 else:
-                    y, x, _ = metrics.precision_recall_curve(positive, scores[:, number])
+                    y, x, _ = metrics.precision_recall_curve(positive, scores)
                 keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS_MAX)).astype(int))
                 axes.plot(x[keep], y[keep], label=name, linewidth=1.3)
             if kind == "roc":
@@ -106,8 +115,8 @@ def calibration(figures: ClassificationFigures) -> str:
         bins = figures.calibration
         sizes = [10 + 200 * one.windows / max(1, figures.windows) for one in bins]
         confidence, accuracy = [one.confidence for one in bins], [one.accuracy for one in bins]
-        axes.plot(confidence, accuracy, color=_BLUE, linewidth=1)
-        axes.scatter(confidence, accuracy, s=sizes, color=_BLUE)
+        axes.plot(confidence, accuracy, color=_BLUE, linewidth=1, clip_on=False)
+        axes.scatter(confidence, accuracy, s=sizes, color=_BLUE, clip_on=False)
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
         return _svg(figure)
 
@@ -134,6 +143,7 @@ def _bars(names: Sequence[str], values: Sequence[float], label: str, mark: float
         figure, axes = _figure(5.2, max(1.6, 0.2 * len(names) + 0.8))
         place = np.arange(len(names))
         axes.barh(place, values, color=_BLUE, height=0.7)
+        axes.set_ylim(-0.6, max(3, len(names)) - 0.4)  # one bar alone need not be a wall
         axes.set_yticks(place, names, fontsize=7)
         axes.invert_yaxis()
         axes.set_xlabel(label)
@@ -142,14 +152,21 @@ def _bars(names: Sequence[str], values: Sequence[float], label: str, mark: float
         return _svg(figure)
 
 
-def learning_curve(points: Sequence[CurvePoint]) -> str:
-    """What more groups bring."""
+def learning_curve(points: Sequence[CurvePoint], metric: str) -> str:
+    """What more training windows bring."""
     with mpl.rc_context(_STYLE):
         figure, axes = _figure()
-        groups = [point.groups for point in points]
-        axes.plot(groups, [point.accuracy for point in points], "o-", color=_BLUE, label="accuracy")
-        axes.plot(groups, [point.f1_macro for point in points], "s--", color=_GREY, label="macro-F1")
-        axes.set(xlabel="groups in training", ylabel="before the judged windows")
+        windows = [point.windows for point in points]
+        for name, style, color, values in (
+            ("accuracy", "o-", _BLUE, [point.accuracy for point in points]),
+            ("macro-F1", "s--", _GREY, [point.f1_macro for point in points]),
+            (metric, "o-", _BLUE, [point.metric_value for point in points]),
+        ):
+            if None not in values:
+                axes.plot(windows, values, style, color=color, label=name)
+        labels = [f"{point.windows}\n({point.groups})" for point in points]
+        axes.set_xticks(windows, labels)
+        axes.set(xlabel="windows (groups) in training", ylabel="before the judged windows")
         axes.legend(fontsize=7, frameon=False)
         return _svg(figure)
 
@@ -162,23 +179,33 @@ def history(trials: Sequence[TrialResult], metric: str) -> str:
         for family in dict.fromkeys(trial.candidate.family for _, trial in scored):
             mine = [(number, trial.score) for number, trial in scored if trial.candidate.family == family]
             axes.scatter(*zip(*mine, strict=True), s=14, label=family)
-        best = np.maximum.accumulate([trial.score or 0.0 for _, trial in scored])
+        best = np.maximum.accumulate([trial.score for _, trial in scored if trial.score is not None])
         axes.step([number for number, _ in scored], best, where="post", color=_GREY, linewidth=1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="trial", ylabel=f"{metric}, cross-validated")
         axes.legend(fontsize=7, frameon=False)
         return _svg(figure)
 
 
-def timeline(ends_us: Int64s, scores: Float32s, threshold: float, labelled: npt.NDArray[np.bool_]) -> str:
-    """Scores of one device over time, with its labelled anomalies."""
+def timeline(
+    ends_us: Int64s,
+    scores: Float32s,
+    threshold: float,
+    labelled: npt.NDArray[np.bool_],
+    judged: npt.NDArray[np.bool_],
+) -> str:
+    """Scores of one device over time, with its labelled anomalies (red) and the windows that judge (grey)."""
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure(10.6, 3.0)
+        figure, axes = _figure(10.6, 3.2)
         # The highest of every piece: thinning must not lose a peak.
         pieces = np.array_split(np.arange(len(scores)), min(len(scores), 1_500))
-        days = (ends_us - ends_us[0]) / 86_400e6
+        times = ends_us.astype("datetime64[us]")
         peaks = [piece[int(np.argmax(scores[piece]))] for piece in pieces]
-        axes.plot(days[peaks], scores[peaks], color=_BLUE, linewidth=0.7)
-        axes.axhline(threshold, color=_RED, linewidth=0.8, linestyle="--")
-        axes.fill_between(days, 0, 1, where=labelled, transform=axes.get_xaxis_transform(), color=_RED, alpha=0.15)
-        axes.set(xlabel="days", ylabel="score")
+        over = axes.get_xaxis_transform()
+        axes.fill_between(times, 0, 1, where=judged, transform=over, color=_GREY, alpha=0.15, label="judged")
+        axes.fill_between(times, 0, 1, where=labelled, transform=over, color=_RED, alpha=0.15, label="labelled")
+        axes.plot(times[peaks], scores[peaks], color=_BLUE, linewidth=0.7)
+        axes.axhline(threshold, color=_RED, linewidth=0.8, linestyle="--", label="threshold")
+        axes.set(ylabel="score")
+        axes.legend(fontsize=7, frameon=False, ncols=3, loc="upper left")
         return _svg(figure)

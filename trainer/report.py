@@ -13,6 +13,7 @@ from trainer.candidates import Trained
 from trainer.evaluation import Evaluation, anomalies
 from trainer.figures import AlarmFigures, ClassificationFigures
 from trainer.material import Material
+from trainer.provenance import packages
 from trainer.split import Split
 from trainer.steps import StepContext
 from trainer.trials import SearchResult
@@ -20,6 +21,8 @@ from trainer.trials import SearchResult
 TRIALS_SHOWN_MAX = 30
 DEVICES_SHOWN_MAX = 3
 """Timelines of a detector."""
+FEW = 10
+"""Labelled stretches below which a share of them says little."""
 _CSS = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #111827; background: #fff; max-width: 1100px; margin: 2rem auto;
@@ -30,6 +33,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; } th { color: #4b5563; font-weight: 600; }
 .plots { display: flex; flex-wrap: wrap; gap: 1.2rem; } figure { margin: 0; } figcaption { color: #4b5563; }
+p { overflow-wrap: anywhere; } td.words { text-align: left; }
+.ok { color: #15803d; } .warn { color: #b45309; } .fail { color: #b91c1c; }
 svg { max-width: 100%; height: auto; } pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; font-size: 13px; }
 """
 
@@ -50,6 +55,7 @@ def write_report(
     """
     parts = [
         _head(evaluation),
+        _said(evaluation, result),
         _figures(evaluation),
         _plots(context, evaluation, result, trained, material, split),
         _search(result),
@@ -72,6 +78,45 @@ def _head(evaluation: Evaluation) -> str:
     return f'<h1>{escape(evaluation.recipe)}</h1><p class="lead">{escape(lead)}</p>\n'
 
 
+def _said(evaluation: Evaluation, result: SearchResult) -> str:
+    """In sentences, with what the figures cannot say."""
+    said = []
+    scored = [trial for trial in result.trials if trial.score is not None]
+    folds = result.best.folds
+    if folds:
+        said.append(
+            f"Chosen of {len(scored)} candidates by {result.metric} in cross-validation: {_cell(result.best.score)} "
+            f"(folds from {min(folds):.3g} to {max(folds):.3g}). The best of many is flattered by that choice; the "
+            "windows below had no part in it."
+        )
+    if (figures := evaluation.classification) is not None:
+        shares = [one.accuracy for one in evaluation.devices if one.accuracy is not None]
+        if shares:
+            said.append(
+                f"{figures.accuracy:.1%} of {figures.windows} judged windows are right; of single devices from "
+                f"{min(shares):.1%} to {max(shares):.1%} ({len(shares)} devices). Windows overlap and devices differ: "
+                "the number of devices, not of windows, says how much the figure can be trusted."
+            )
+    elif (alarms := evaluation.alarms) is not None:
+        low, high = alarms.false_alarms_per_month_95
+        said.append(
+            f"In the judged windows {alarms.found} of {alarms.labelled} labelled stretches were found, with "
+            f"{alarms.false_alarms} false alarms in {alarms.months:.2g} months: {alarms.false_alarms_per_month:.2g} a "
+            f"month, 95 % confidence {low:.2g} to {high:.2g}."
+        )
+        if (unseen := evaluation.alarms_unseen) is not None:
+            said.append(
+                f"Over all windows that were answered by a model fitted without them, the folds' included: "
+                f"{unseen.found} of {unseen.labelled}, and {unseen.false_alarms} false alarms in "
+                f"{unseen.months:.2g} months. The row of all windows counts those, too, that the model was fitted with."
+            )
+        if alarms.labelled < FEW:
+            said.append(
+                f"{alarms.labelled} labelled stretches are few: one found or missed more would change the picture."
+            )
+    return "".join(f"<p>{escape(sentence)}</p>" for sentence in said)
+
+
 def _figures(evaluation: Evaluation) -> str:
     if (figures := evaluation.classification) is not None:
         rows = [_class_row("chosen model", figures)]
@@ -84,12 +129,16 @@ def _figures(evaluation: Evaluation) -> str:
         class_heads = ("class", "windows", "precision", "recall", "F1", "ROC AUC", "PR AUC")
         return f"<h2>Figures</h2>{_table(class_table, rows)}<h2>Classes</h2>{_table(class_heads, classes)}\n"
     rows = []
-    for name, judged, everything in [
-        ("chosen model", evaluation.alarms, evaluation.alarms_all),
-        *((one.name, one.alarms, one.alarms_all) for one in evaluation.baselines),
+    for name, judged, unseen, everything in [
+        ("chosen model", evaluation.alarms, evaluation.alarms_unseen, evaluation.alarms_all),
+        *((one.name, one.alarms, one.alarms_unseen, one.alarms_all) for one in evaluation.baselines),
     ]:
-        rows += [_alarm_row(f"{name}: judged windows", judged), _alarm_row(f"{name}: all windows", everything)]
-    heads = ("", "labelled", "found", "alarms", "false", "months", "false a month", "ROC AUC", "PR AUC")
+        rows += [
+            _alarm_row(f"{name}: judged windows", judged),
+            _alarm_row(f"{name}: all unseen windows", unseen),
+            _alarm_row(f"{name}: all windows", everything),
+        ]
+    heads = ("", "labelled", "found", "alarms", "false", "months", "false a month", "95 %", "ROC AUC", "PR AUC")
     return f"<h2>Figures</h2>{_table(heads, rows)}\n"
 
 
@@ -117,6 +166,7 @@ def _alarm_row(name: str, figures: AlarmFigures | None) -> tuple[object, ...]:
         figures.false_alarms,
         figures.months,
         figures.false_alarms_per_month,
+        " – ".join(f"{bound:.2g}" for bound in figures.false_alarms_per_month_95),
         figures.roc_auc,
         figures.average_precision,
     )
@@ -134,7 +184,7 @@ def _plots(
     if (figures := evaluation.classification) is not None and material.labels is not None:
         test = split.test[material.labels[split.test] >= 0]
         scores = trained.scores(material.features[test])
-        roc, precision = plots.curves(scores, material.labels[test], material.classes)
+        roc, precision = plots.class_curves(scores, material.labels[test], material.classes)
         shown += [
             ("Confusion", plots.confusion(figures)),
             ("ROC, each class against the rest", roc),
@@ -142,25 +192,38 @@ def _plots(
             ("Calibration", plots.calibration(figures)),
         ]
     else:
-        shown += _timelines(context, trained, material)
+        shown += _timelines(context, trained, material, split)
     shown.append(("Devices", plots.devices(evaluation.devices)))
     if evaluation.curve:
-        shown.append(("Learning curve", plots.learning_curve(evaluation.curve)))
-    shown.append(("Features that moved most", plots.drift(evaluation.drift)))
+        shown.append(("Learning curve", plots.learning_curve(evaluation.curve, evaluation.metric)))
+    shown.append(
+        (
+            "Features that moved most (beyond the line: another distribution than in training)",
+            plots.drift(evaluation.drift),
+        )
+    )
     shown.append(("Search", plots.history(result.trials, result.metric)))
     inside = "".join(f"<figure><figcaption>{escape(name)}</figcaption>{svg}</figure>" for name, svg in shown)
     return f'<h2>Plots</h2><div class="plots">{inside}</div>\n'
 
 
-def _timelines(context: StepContext, trained: Trained, material: Material) -> list[tuple[str, str]]:
+def _timelines(context: StepContext, trained: Trained, material: Material, split: Split) -> list[tuple[str, str]]:
     dataset = context.windows()
     labelled = anomalies(dataset, context.recipe)
+    judged = np.zeros(len(dataset), dtype=np.bool_)
+    judged[split.test] = True
     scores = trained.scores(material.features)
     found = []
     for device in np.unique(dataset.devices)[:DEVICES_SHOWN_MAX]:
         mine = np.flatnonzero(dataset.devices == device)
-        drawn = plots.timeline(dataset.ends_us[mine], scores[mine], trained.threshold or 0.0, labelled[mine])
+        drawn = plots.timeline(
+            dataset.ends_us[mine], scores[mine], trained.threshold or 0.0, labelled[mine], judged[mine]
+        )
         found.append((f"Score of {device}", drawn))
+    truth = labelled[split.test]
+    if truth.any() and not truth.all():
+        roc, precision = plots.curves([("labelled windows", scores[split.test], truth)])
+        found += [("ROC, judged windows", roc), ("Precision and recall, judged windows", precision)]
     return found
 
 
@@ -182,8 +245,13 @@ def _search(result: SearchResult) -> str:
 
 
 def _checks(context: StepContext) -> str:
-    rows = [(name, value) for name, value in context.outputs("checks").items() if isinstance(value, str | int | float)]
-    return f"<h2>Data checks</h2>{_table(('check', 'found'), rows)}\n"
+    outputs = context.outputs("checks")
+    rows = "".join(
+        f'<tr><td>{escape(one["check"])}</td><td class="words {escape(one["verdict"])}">{escape(one["verdict"])}</td>'
+        f'<td class="words">{escape(one["detail"])} {escape(one["remedy"])}</td></tr>'
+        for one in outputs.get("findings", ())
+    )
+    return f"<h2>Data checks</h2><table><tbody>{rows}</tbody></table>\n"
 
 
 def _lineage(context: StepContext, evaluation: Evaluation) -> str:
@@ -192,6 +260,7 @@ def _lineage(context: StepContext, evaluation: Evaluation) -> str:
         (f"Delta version of {stream}", version) for stream, version in sorted(dataset.meta.streams.items())
     ]
     rows += [("windows, SHA-256", dataset.sha256()), ("code", context.code), ("seed", context.seed)]
+    rows.append(("packages", ", ".join(f"{name} {version}" for name, version in packages().items())))
     recipe = f"<pre>{escape(context.recipe_text)}</pre>" if context.recipe_text else ""
     return f"<h2>Where it comes from</h2>{_table(('', ''), rows)}<h2>Recipe</h2>{recipe}\n"
 

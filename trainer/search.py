@@ -30,6 +30,7 @@ from trainer.recipe import Range, Recipe, Scalar, Space
 from trainer.selection import rank
 from trainer.split import Split
 from trainer.steps import Outputs, StepContext
+from trainer.tracking import check_installed
 from trainer.trials import SearchResult, TrialResult, journal_for, open_study, results_of
 
 Int64s = npt.NDArray[np.int64]
@@ -268,6 +269,7 @@ def step(context: StepContext) -> Outputs:
     recipe, dataset, split = context.recipe, context.windows(), context.split()
     spaces_of(recipe.task, recipe.families)  # refuse before anything is computed
     find_scorer(recipe.search.metric)
+    check_installed()
     with context.progress.track("features", len(dataset)) as done:
         material = make_material(dataset, recipe, split, context.seed, done)
     journal = journal_for(context.work, dataset, recipe, context.seed)

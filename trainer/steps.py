@@ -78,13 +78,21 @@ class StepContext:
         read_record(self.work, step)
         return self.work / step
 
+    def record(self, step: str) -> Record:
+        """What is known of an earlier step's run.
+
+        Raises:
+            StepNotReadyError: it has not run.
+        """
+        return read_record(self.work, step)
+
     def outputs(self, step: str) -> Outputs:
         """What an earlier step returned.
 
         Raises:
             StepNotReadyError: it has not run.
         """
-        return read_record(self.work, step).outputs
+        return self.record(step).outputs
 
     def windows(self) -> WindowSet:
         """The dataset.

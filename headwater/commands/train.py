@@ -117,12 +117,15 @@ def run(
     with _trainer("headwater train run"):
         from trainer.approval import approver_of
         from trainer.pipeline import STEPS
+        from trainer.tracking import check_installed
     for option, name in (("--until", until), *(("--force", one) for one in force or ())):
         if name is not None and name not in STEPS:
             raise ConfigurationError(f"{option} {name!r} is no step; choose of {', '.join(STEPS)}")
     with _context(recipe, lake, data, work, keys=keys, json=json) as context:
         if until in (None, "release"):
-            approver_of(context)  # keys that will not do are refused now, not after hours
+            # What will not do is refused now, not after hours.
+            approver_of(context)
+            check_installed()
         for name, step in STEPS.items():
             _tell(_run(context, step, force=name in (force or ()), keep_pins=resume, json=json), json=json)
             if name == until:

@@ -34,6 +34,7 @@ from lake.rollouts import RolloutTable
 from lake.tables import ControlTable
 from lake.trust.keys import KeyFolder
 from tests.integration import trainer_lake
+from tests.integration.environments import installed
 from tests.integration.trainer_lake import bring_in_walkers, open_lake
 from trainer.steps import read_record
 
@@ -223,18 +224,6 @@ def test_the_workflow_runs_the_script_and_nothing_else_and_waits_before_the_roll
 
 
 # Dagster and Airflow, each in an environment of its own.
-
-
-def installed(folder: Path, *requirements: str) -> Path:
-    """The Python of a new environment with these distributions, and nothing of ours."""
-    uv = (sys.executable, "-m", "uv", "--quiet")
-    python = folder / "venv/bin/python"
-    subprocess.run([*uv, "venv", "--python", sys.executable, folder / "venv"], check=True, timeout=120)
-    install = [*uv, "pip", "install", "--python", python, *requirements]
-    done = subprocess.run(install, capture_output=True, text=True, timeout=500, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"{requirements[0]} cannot be installed here, so its example was not run: {done.stderr[-500:]}")
-    return python
 
 
 class Driven:

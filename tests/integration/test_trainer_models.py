@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
 import pytest
 
+from contract.errors import ConfigurationError
 from tests.window_sets import drawn_recipe, drawn_windows, machine_windows, watch_recipe, watch_windows
 from trainer import evaluate, export, search, tracking, trials
 from trainer.errors import StepNotReadyError
@@ -40,12 +42,16 @@ class Folders(StepContext):
     def outputs(self, step: str) -> dict:
         return json.loads((self.work / step / "outputs.json").read_text())
 
+    def record(self, step: str):
+        return SimpleNamespace(outputs=self.outputs(step), run=f"run of {step}", code="1+g0")
+
 
 def run(tmp_path: Path, dataset, recipe) -> dict[str, dict]:
     """The three steps, one after the other, over the folders that real steps have."""
     for name in ("dataset", "checks"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "outputs.json").write_text(json.dumps({"windows": len(dataset)}))
+        finding = {"check": "order", "verdict": "warn", "detail": "ts goes back 1 times", "remedy": "a clock was set"}
+        (tmp_path / name / "outputs.json").write_text(json.dumps({"windows": len(dataset), "findings": [finding]}))
     dataset.save(tmp_path / "dataset")
     save_split(split_windows(dataset, recipe, 1), tmp_path / "checks")
     found = {}
@@ -106,6 +112,7 @@ def check_page(path: Path, svgs: int) -> None:
     page = path.read_text()
     assert page.count("<svg") == svgs
     assert "&lt;recipe&gt;" in page
+    assert "ts goes back 1 times a clock was set" in page
     parser = References()
     parser.feed(page)
     assert not parser.outside
@@ -137,36 +144,87 @@ def test_failures_of_a_machine_are_found_with_fewer_false_alarms_than_a_rolling_
     rolling = next(one for one in figures["baselines"] if one["name"] == "rolling z-score")
     print(found["search"]["family"], judged, unseen, everything, rolling, sep="\n")
     assert (judged["labelled"], judged["found"]) == (1, 1)
+    # The first of the four lies in what every fold learned from.
+    assert (unseen["labelled"], unseen["found"], rolling["alarms_unseen"]["found"]) == (3, 3, 2)
+    assert unseen["false_alarms"] <= 2 < rolling["alarms_unseen"]["false_alarms"]
+    low, high = judged["false_alarms_per_month_95"]
+    assert low < judged["false_alarms_per_month"] < high
+    assert [point["groups"] for point in figures["curve"]] == [1] * 4
+    assert [point["windows"] for point in figures["curve"]] == [346, 692, 1038, 1384]
+    by_name = {one["name"]: one["split"] for one in found["evaluate"]["metrics"]}
+    assert by_name["average_precision"].endswith("against the same with faults put in")
+    assert by_name["labelled_average_precision"] == figures["split"]
     assert (everything["labelled"], rolling["alarms_all"]["labelled"]) == (4, 4)
     assert everything["found"] >= rolling["alarms_all"]["found"]
     assert everything["false_alarms_per_month"] < rolling["alarms_all"]["false_alarms_per_month"]
     assert judged["roc_auc"] > 0.9 > rolling["alarms"]["roc_auc"]
     assert found["export"]["classes"] == []
     assert found["export"]["threshold"] == found["search"]["threshold"]
-    check_page(tmp_path / "evaluate" / "report.html", svgs=4)
+    check_page(tmp_path / "evaluate" / "report.html", svgs=7)
+
+
+MLFLOW = {tracking.URI_VARIABLE: "http://mlflow:5000"}
+TAGS = {tracking.RUN_TAG: "ab" * 16, "headwater.code": "c" * 9_000}
+
+
+def told_of() -> trials.SearchResult:
+    candidate = search.Candidate(family="extra_trees", params={"n_estimators": 10})
+    trial = trials.TrialResult(candidate=candidate, state="scored", tuned=True, score=0.9)
+    return trials.SearchResult(metric="f1_macro", best=trial, baseline=None, stopped="trials", trials=[trial])
 
 
 def test_runs_go_to_mlflow_only_where_its_uri_is_set_and_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, metrics = watch_recipe(16, 16), [{"name": "accuracy", "value": 0.9, "split": "test"}]
-    candidate = search.Candidate(family="extra_trees", params={"n_estimators": 10})
-    trial = trials.TrialResult(candidate=candidate, state="scored", tuned=True, score=0.9)
-    result = trials.SearchResult(metric="f1_macro", best=trial, baseline=None, stopped="trials", trials=[trial])
-    assert tracking.log_run(recipe, result, metrics, [], {}) is None
+    result = told_of()
+    assert tracking.log_run(recipe, result, metrics, [], TAGS, {}) is None
+    tracking.check_installed({})
 
     def missing(name: str):
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(tracking, "import_module", missing)
-    with pytest.raises(tracking.ConfigurationError, match="pip install mlflow-skinny"):
-        tracking.log_run(recipe, result, metrics, [], {tracking.URI_VARIABLE: "http://mlflow:5000"})
+    for refused in (
+        lambda: tracking.check_installed(MLFLOW),
+        lambda: tracking.log_run(recipe, result, metrics, [], TAGS, MLFLOW),
+    ):
+        with pytest.raises(tracking.ConfigurationError, match="pip install mlflow-skinny"):
+            refused()
     server = FakeMlflow()
     monkeypatch.setattr(tracking, "import_module", lambda name: server)
-    uri = {tracking.URI_VARIABLE: "http://mlflow:5000"}
-    assert tracking.log_run(recipe, result, metrics, [Path("report.html")], uri) == "run-1"
-    assert server.said[-2:] == [("log_metrics", {"accuracy": 0.9}), ("log_artifact", "report.html")]
-    server.broken = True
-    with pytest.raises(tracking.TemporaryError, match="does not take the run"):
-        tracking.log_run(recipe, result, metrics, [], uri)
+    assert tracking.log_run(recipe, result, metrics, [Path("report.html")], TAGS, MLFLOW) == "run-1"
+    assert server.experiments == ["watch-activity"]
+    assert server.runs["run-1"].data == {
+        "family": "extra_trees",
+        "share": 1.0,
+        "seed": 1,
+        "n_estimators": 10,
+        "accuracy": 0.9,
+        "cross_validated_f1_macro": 0.9,
+        "files": ["report.html"],
+    }
+    assert {len(text) for text in server.runs["run-1"].tags.values()} == {32, tracking.TAG_CHARACTERS_MAX}
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(503, tracking.TemporaryError), (429, tracking.TemporaryError), (400, ConfigurationError)]
+)
+def test_a_run_is_told_once_and_what_a_kill_or_an_absent_server_left_is_made_whole(
+    status: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, metrics = watch_recipe(16, 16), [{"name": "accuracy", "value": 0.9, "split": "test"}]
+    server = FakeMlflow()
+    monkeypatch.setattr(tracking, "import_module", lambda name: server)
+    server.broken = status
+    with pytest.raises(error, match="mlflow:5000"):
+        tracking.log_run(recipe, told_of(), metrics, [], TAGS, MLFLOW)
+    assert [run.info.status for run in server.runs.values()] == ["RUNNING"]
+    server.broken = 0
+    for _ in range(3):
+        assert tracking.log_run(recipe, told_of(), metrics, [], TAGS, MLFLOW) == "run-1"
+    assert [run.info.status for run in server.runs.values()] == ["FINISHED"]
+    assert server.ended == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "View run\n")  # stdout is for JSON alone
 
 
 def test_an_evaluation_goes_to_mlflow_after_it_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,33 +237,67 @@ def test_an_evaluation_goes_to_mlflow_after_it_is_published(tmp_path: Path, monk
         report=Report(html=False, learning_curve=False),
     )
     run(tmp_path, drawn_windows(), recipe)
-    assert server.said == []
+    assert server.runs == {}
     assert EVALUATE.after == "trainer.evaluate:tell"
     evaluate.tell(Folders(recipe=recipe, work=tmp_path, lake=None, store=None, seed=1))
-    assert server.said[-1] == ("log_artifact", str(tmp_path / "evaluate" / "evaluation.json"))
+    (told,) = server.runs.values()
+    assert told.data["files"] == [str(tmp_path / "evaluate" / "evaluation.json")]
+    assert told.tags[tracking.RUN_TAG] == "run of evaluate"
+    assert told.tags["headwater.streams"] == "watch@3"
+    assert told.tags["headwater.split"].startswith("test: device in (")
 
 
 class FakeMlflow:
-    """The functions of MLflow that are called, written down; MLflow itself is no dependency."""
+    """The functions of MLflow that are called; `tests/integration/test_mlflow.py` has the real one."""
 
     class MlflowException(Exception):
         """Its own."""
 
+        def __init__(self, status: int) -> None:
+            super().__init__(f"status {status}")
+            self._status = status
+
+        def get_http_status_code(self) -> int:
+            return self._status
+
     def __init__(self) -> None:
-        self.said: list[tuple] = []
-        self.broken = False
-        self.info = type("Info", (), {"run_id": "run-1"})
+        self.experiments: list[str] = []
+        self.runs: dict[str, SimpleNamespace] = {}
+        self.broken = self.ended = 0
+        """Status that metrics are answered with."""
 
-    def __enter__(self):
+    def MlflowClient(self, uri: str):  # noqa: N802 (MLflow's name)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        pass
+    def get_experiment_by_name(self, name: str):
+        return SimpleNamespace(experiment_id=name) if name in self.experiments else None
 
-    def start_run(self):
+    def create_experiment(self, name: str) -> str:
+        self.experiments.append(name)
+        return name
+
+    def search_runs(self, experiments: list[str], filter_string: str):
+        found = filter_string.split("'")[1]
+        return [run for run in self.runs.values() if run.tags[tracking.RUN_TAG] == found]
+
+    def create_run(self, experiment: str, tags: dict, run_name: str):
+        name = f"run-{len(self.runs) + 1}"
+        info = SimpleNamespace(run_id=name, status="RUNNING")
+        self.runs[name] = SimpleNamespace(info=info, tags=tags, data={"files": []})
+        return self.runs[name]
+
+    def log_param(self, run: str, name: str, value: object) -> None:
+        self.runs[run].data[name] = value
+
+    def log_metric(self, run: str, name: str, value: float) -> None:
         if self.broken:
-            raise self.MlflowException("connection refused")
-        return self
+            raise self.MlflowException(self.broken)
+        self.runs[run].data[name] = value
 
-    def __getattr__(self, name: str):
-        return lambda *arguments: self.said.append((name, *arguments))
+    def log_artifact(self, run: str, path: str) -> None:
+        self.runs[run].data["files"].append(path)
+
+    def set_terminated(self, run: str) -> None:
+        self.ended += 1
+        self.runs[run].info.status = "FINISHED"
+        print("View run")
