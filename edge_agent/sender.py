@@ -6,6 +6,7 @@ with a simulated clock, network and lake. The rules are those of "What a device 
 
 from __future__ import annotations
 
+import math
 import random
 from collections import OrderedDict
 from collections.abc import Collection
@@ -60,8 +61,8 @@ class _Lane:
     acked: int = 0
     confirmed: bool = False
     """Whether an ack came since this process started. Until then one batch tests whether the buffer is up to date."""
-    in_flight: OrderedDict[int, int] = field(default_factory=OrderedDict)
-    """seq → bytes, in rising seq."""
+    in_flight: OrderedDict[int, tuple[int, int]] = field(default_factory=OrderedDict)
+    """seq → bytes and number among all that was handed to this connection, in rising seq."""
     in_flight_bytes: int = 0
     """Their sum, kept along: it is asked for with every batch."""
     deadline_s: float | None = None
@@ -70,21 +71,21 @@ class _Lane:
     rewound_to: int = 0
     rewound_at_s: float = float("-inf")
 
-    def put_in_flight(self, seq: int, size: int) -> None:
+    def put_in_flight(self, seq: int, size: int, number: int) -> None:
         """Note that a batch is on the way."""
-        self.in_flight_bytes += size - self.in_flight.get(seq, 0)
-        self.in_flight[seq] = size
+        self.in_flight_bytes += size - self.in_flight.get(seq, (0, 0))[0]
+        self.in_flight[seq] = (size, number)
 
     def land(self, up_to_seq: int) -> None:
         """What is acknowledged is not on the way any more."""
         while self.in_flight and next(iter(self.in_flight)) <= up_to_seq:
-            self.in_flight_bytes -= self.in_flight.popitem(last=False)[1]
+            self.in_flight_bytes -= self.in_flight.popitem(last=False)[1][0]
 
     def go_back(self, before_seq: int) -> None:
         """Forget what was sent from `before_seq` on, so that it is sent again."""
         self.cursor = min(self.cursor, before_seq - 1)
         while self.in_flight and next(reversed(self.in_flight)) >= before_seq:
-            self.in_flight_bytes -= self.in_flight.popitem()[1]
+            self.in_flight_bytes -= self.in_flight.popitem()[1][0]
         if not self.in_flight:
             self.deadline_s = None
 
@@ -128,7 +129,9 @@ class Sender:
             lane.go_back(1)
             lane.timeout_s = self._settings.ack_timeout_s
 
-    def next_batch(self, now_s: float, withheld: Collection[tuple[str, str]] = ()) -> Stored | None:
+    def next_batch(
+        self, now_s: float, withheld: Collection[tuple[str, str]] = (), answered: float = math.inf
+    ) -> Stored | None:
         """The batch to send now, live epochs before draining ones; None while the windows are full or nothing waits.
 
         The caller sends it and then calls `sent`.
@@ -136,8 +139,10 @@ class Sender:
         Args:
             now_s: now.
             withheld: (stream, epoch)s of which nothing may be sent yet.
+            answered: how many of the messages handed to this connection have reached the broker. What has not cannot be
+                overdue: on a slow line it would be sent again and again, each time behind itself.
         """
-        self._expire(now_s)
+        self._expire(now_s, answered)
         lanes = [lane for key, lane in self._lanes.items() if lane.not_before_s <= now_s and key not in withheld]
         for live in (True, False):
             batch = self._choose([lane for lane in lanes if lane.live is live], live=live)
@@ -145,12 +150,12 @@ class Sender:
                 return batch
         return None
 
-    def sent(self, batch: Stored, now_s: float) -> None:
-        """Note that a batch went out."""
+    def sent(self, batch: Stored, now_s: float, number: int = 0) -> None:
+        """Note that a batch went out, as the `number`th message of this connection."""
         lane = self._lanes[batch.stream, batch.epoch]
         lane.cursor = batch.seq
         lane.sent_top = max(lane.sent_top, batch.seq)
-        lane.put_in_flight(batch.seq, batch.body_bytes)
+        lane.put_in_flight(batch.seq, batch.body_bytes, number)
         if lane.deadline_s is None:
             lane.deadline_s = now_s + self._jittered(lane.timeout_s)
 
@@ -280,9 +285,13 @@ class Sender:
         # A hole lies before it. The gateway steps over a hole only from the floor on, so what is below must go first.
         return batch if batch.seq == self._buffer.floor(lane.stream, lane.epoch) else None
 
-    def _expire(self, now_s: float) -> None:
+    def _expire(self, now_s: float, answered: float) -> None:
         for lane in self._lanes.values():
             if lane.deadline_s is not None and now_s >= lane.deadline_s:
+                oldest = next(iter(lane.in_flight.values()), (0, 0))
+                if oldest[1] > answered:
+                    lane.deadline_s = now_s + self._jittered(lane.timeout_s)
+                    continue
                 lane.go_back(1)
                 lane.timeout_s = min(lane.timeout_s * 2, self._settings.ack_timeout_max_s)
                 self.resent_timeouts += 1

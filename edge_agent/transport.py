@@ -10,6 +10,7 @@ import socket
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple, Protocol, TypeAlias
@@ -34,6 +35,9 @@ PACKET_OVERHEAD_BYTES_MAX = 1024
 PACKET_BYTES_MAX = DEFAULT_LIMITS.payload_bytes_max + ENVELOPE_BYTES_MAX + PACKET_OVERHEAD_BYTES_MAX
 PUBLISHES_MAX = 256
 """Publishes on the way to the broker without its PUBACK; beyond it the uplink waits."""
+PUBLISHES_BYTES_MAX = 512 * 1024
+"""Their payloads; one always may be. Enough for 5 MB/s over a line of 100 ms. On a slow one more would only be memory,
+stand in the way of fresh data, and keep the answer to a ping behind it until the keepalive has run out."""
 _LOOP_S = 1.0
 
 
@@ -97,6 +101,10 @@ class Connection(Protocol):
     @property
     def finished(self) -> bool:
         """Whether its thread has ended."""
+
+    @property
+    def unanswered(self) -> int:
+        """Messages handed over that the broker has not answered yet; it answers in the order of handing over."""
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
         """Hand over a message, QoS 1; False when there is no room now or the connection is over. Never waits."""
@@ -166,7 +174,9 @@ class PahoConnection:
         self._will, self._topics, self._inbox = will, [topics[0], will.topic, *topics[1:]], inbox
         self._v5 = settings.mqtt5
         self._client = self._make_client()
-        self._pending = 0
+        self._pending: deque[int] = deque()
+        """Bytes of each message that the broker has not answered, the oldest first."""
+        self._pending_bytes = 0
         self._starved = False
         self._settled = threading.Condition()
         self._refused = PublishRefused(0, "")
@@ -193,15 +203,22 @@ class PahoConnection:
         with self._settled:
             if self._over or not self._granted:
                 return False
-            if self._pending >= self._publishes_max:
+            too_much = self._pending and self._pending_bytes + len(payload) > PUBLISHES_BYTES_MAX
+            if too_much or len(self._pending) >= self._publishes_max:
                 self._starved = True
                 return False
-            self._pending += 1
+            self._pending.append(len(payload))
+            self._pending_bytes += len(payload)
         info = self._client.publish(topic, payload, qos=1, retain=retain)
         if info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS:
             return True
         self._unpend()
         return False
+
+    @property
+    def unanswered(self) -> int:
+        """Messages that the broker has not answered."""
+        return len(self._pending)
 
     def abandon(self) -> None:
         """End it at once, without a farewell."""
@@ -218,7 +235,7 @@ class PahoConnection:
         """Wait until everything handed over is with the broker, say goodbye, and end; after `timeout_s` in any case."""
         deadline_s = time.monotonic() + timeout_s
         with self._settled:
-            self._settled.wait_for(lambda: self._pending == 0 or self._over, timeout_s)
+            self._settled.wait_for(lambda: not self._pending or self._over, timeout_s)
         self._client.disconnect()
         self._thread.join(max(0.0, deadline_s - time.monotonic()))
         self.abandon()
@@ -356,9 +373,10 @@ class PahoConnection:
 
     def _unpend(self) -> None:
         with self._settled:
-            self._pending -= 1
+            if self._pending:
+                self._pending_bytes -= self._pending.popleft()
             starved, self._starved = self._starved, False
-            if self._pending == 0:
+            if not self._pending:
                 self._settled.notify_all()
         if starved:
             self._inbox.wake()

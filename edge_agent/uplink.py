@@ -150,7 +150,7 @@ class Uplink:
         self._short_connections = 0
         self._own_presences: deque[bytes] = deque(maxlen=OWN_PRESENCES_MAX)
         self._last_ready_presences: frozenset[bytes] = frozenset()
-        self._counted_timeouts = self._counted_rewinds = 0
+        self._counted_timeouts = self._counted_rewinds = self._handed = 0
         self._drain_until_s: float | None = None
         self.state = UplinkState(False, clock.wall_us(), "", 0, 0)
         self.progress_s = clock.monotonic_s()
@@ -265,6 +265,7 @@ class Uplink:
         self._presence = self._own_presence(online=True, reason="started")
         self._presence_due = self._was_ready = True
         self._reported_sent = None
+        self._handed = 0
         self._last_ready_presences = frozenset(list(self._own_presences)[-2:])
         self._metrics.connected.set(1)
         _log.info("connected", payload_bytes_max=ready.payload_bytes_max)
@@ -380,7 +381,7 @@ class Uplink:
             self._new_lanes.clear()
             self._sender.refresh_lanes()
         if self._presence_due:
-            self._presence_due = not connection.publish(topics.status(device), self._presence, retain=True)
+            self._presence_due = not self._publish(connection, topics.status(device), self._presence, retain=True)
         self._tell_reported(connection)
         if self._inherited and now_s >= self._leave_at_s:
             self._leave_unproven_epochs(now_s)
@@ -388,7 +389,7 @@ class Uplink:
             self._split_at_s = now_s + SPLIT_S
             self._split_backlog()
         for _ in range(SKIPS_MAX):
-            batch = self._sender.next_batch(now_s, withheld=self._inherited.keys())
+            batch = self._sender.next_batch(now_s, self._inherited.keys(), self._handed - connection.unanswered)
             if batch is None or not self._send(batch, now_s):
                 break
         self._update_state()
@@ -398,7 +399,7 @@ class Uplink:
         document = self._reported
         if document is None or document is self._reported_sent:
             return
-        if connection.publish(topics.reported(self._identity.device), document, retain=True):
+        if self._publish(connection, topics.reported(self._identity.device), document, retain=True):
             self._reported_sent = document
 
     def _send(self, batch: Stored, now_s: float) -> bool:
@@ -432,7 +433,7 @@ class Uplink:
         if len(payload) > self._ready.payload_bytes_max:
             self._too_large(stored, len(payload))
             stored = stored._replace(body_bytes=0)  # it is not on the way, and takes no room from what is
-        elif not self._connection.publish(topics.up(self._identity.device, stored.stream), payload):
+        elif not self._publish(self._connection, topics.up(self._identity.device, stored.stream), payload):
             return False
         else:
             self._metrics.sent_batches.inc()
@@ -442,8 +443,13 @@ class Uplink:
                 self._metrics.resent_batches.inc()
             else:
                 first_sent[stored.seq] = now_s
-        self._sender.sent(stored, now_s)
+        self._sender.sent(stored, now_s, self._handed)
         return True
+
+    def _publish(self, connection: Connection, topic: str, payload: bytes, *, retain: bool = False) -> bool:
+        handed = connection.publish(topic, payload, retain=retain)
+        self._handed += handed
+        return handed
 
     def _too_large(self, stored: Stored, size: int) -> None:
         """The broker would end the connection. It is left to the ack timeout, so that other streams go on."""

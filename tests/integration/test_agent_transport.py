@@ -19,6 +19,7 @@ from contract.errors import ConfigurationError
 from edge_agent.inbox import Inbox
 from edge_agent.settings import BrokerSettings
 from edge_agent.transport import (
+    PUBLISHES_BYTES_MAX,
     Connection,
     LossCause,
     Lost,
@@ -188,6 +189,32 @@ def test_no_more_messages_are_on_the_way_than_the_broker_allows() -> None:
         assert connection.publish("t", b"2")
         assert wait_until(lambda: connection.publish("t", b"3"), PATIENCE_S, "the first PUBACK makes room")
         assert not connection.publish("t", b"4")
+        connection.abandon()
+
+
+def test_no_more_bytes_are_on_the_way_than_memory_and_a_slow_line_bear() -> None:
+    """A broker that reads slowly, or not at all; one message of any size always may be on the way.
+
+    Mutants tried: messages counted, and not their bytes.
+    """
+    large = bytes(PUBLISHES_BYTES_MAX + 1)
+    with ScriptedBroker(CONNACK, suback(1), suback(2), suback(3), suback(4)) as broker:
+        line = Line("wide", url=broker.url)
+        connection = line.connect()
+        line.wait(Ready)
+        assert connection.publish("t", large)
+        assert not connection.publish("t", b"1")
+        assert connection.unanswered == 1
+        connection.abandon()
+    piece = bytes(PUBLISHES_BYTES_MAX // 4)
+    with ScriptedBroker(CONNACK, suback(1), suback(2), suback(3), suback(4), bytes.fromhex("40 02 00 05")) as broker:
+        line = Line("wide", url=broker.url)
+        connection = line.connect()
+        line.wait(Ready)
+        assert [connection.publish("t", piece) for _ in range(4)] == [True] * 4
+        assert wait_until(lambda: connection.publish("t", piece), PATIENCE_S, "the first PUBACK makes room")
+        assert connection.unanswered == 4
+        assert not connection.publish("t", piece)
         connection.abandon()
 
 

@@ -145,6 +145,18 @@ def test_every_reading_arrives_exactly_once_under_seeded_schedules(seed: int) ->
     assert quarantined > SEEDED_RUNS / 2
 
 
+def test_a_lake_that_is_restored_costs_what_the_copy_lacks_and_doubles_nothing(seed: int) -> None:
+    """Under running gateways, which is not the way to do it."""
+    taken_back = 0
+    for number in range(seed, seed + SEEDED_RUNS // 2):
+        try:
+            world = run(number, SEEDED_STEPS, restores=True)
+        except BrokenPromiseError as broken:
+            pytest.fail(f"seed {number}: {broken}")
+        taken_back += len(world.taken_back)
+    assert taken_back > SEEDED_RUNS
+
+
 def test_the_model_was_run_for_ten_thousand_steps() -> None:
     if not steps_run:
         pytest.fail("run this test with its module: it counts the steps of the tests above")
@@ -172,8 +184,9 @@ def _settle(change: Callable[..., Any]) -> Callable[[Patch], None]:
         pending: Sequence[Pending],
         committed: Mapping[Lane, int],
         counters: Mapping[int, int],
+        life: int,
     ) -> Any:
-        return change(true_settle, stream, table, quarantine, pending, committed, counters)
+        return change(true_settle, stream, table, quarantine, pending, committed, counters, life)
 
     return lambda patch: patch.setattr(worlds, "settle", settle)
 
@@ -270,13 +283,14 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "a batch beyond a hole is admitted": _judge(_holes_are_admitted),
     "a batch that is pending or committed is admitted again": _judge(_repeats_are_admitted),
     "another gateway's commits are not noticed before a commit": _settle(
-        lambda true, stream, table, quarantine, pending, committed, counters: true(
-            stream, _NoLookUp(table, counters), quarantine, pending, committed, counters
+        lambda true, stream, table, quarantine, pending, committed, counters, life: true(
+            stream, _NoLookUp(table, counters), quarantine, pending, committed, counters, life
         )
     ),
     "a lane never seen is believed to be new": _settle(
-        lambda true, stream, table, quarantine, pending, committed, counters: true(
-            stream, table, quarantine, pending, {batch.lane: 0 for batch in pending} | dict(committed), counters
+        lambda true, stream, table, quarantine, pending, committed, counters, life: true(
+            *(stream, table, quarantine, pending, {batch.lane: 0 for batch in pending} | dict(committed), counters),
+            table.life,
         )
     ),
     "commits do not raise the shard counters": _rewrapped(_NoCounters),
@@ -286,12 +300,32 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "a batch is acknowledged when it is admitted": _ack_at_admission,
     "a device deletes what it has sent": _deleted_when_sent,
     "a device does not send again when no ack comes": lambda patch: patch.setattr(
-        sender.Sender, "_expire", lambda self, now_s: None
+        sender.Sender, "_expire", lambda self, now_s, answered: None
     ),
     "a refused batch is stepped over without standing in quarantine": _settle(
         lambda true, stream, table, quarantine, *rest: true(stream, table, _NoQuarantine(), *rest)
     ),
 }
+
+
+def _beliefs_survive_a_restore(patch: Patch) -> None:
+    patch.setattr(FaultyTable, "life", 1)
+
+
+RESTORE_MUTANTS: dict[str, Callable[[Patch], None]] = {
+    "a table that was restored is believed to be the one before": _beliefs_survive_a_restore,
+}
+
+
+@pytest.mark.parametrize("rule_broken", RESTORE_MUTANTS)
+def test_breaking_a_rule_of_restored_lakes_is_noticed(rule_broken: str, monkeypatch: Patch) -> None:
+    RESTORE_MUTANTS[rule_broken](monkeypatch)
+    for number in range(400):
+        try:
+            run(number, SEEDED_STEPS, restores=True)
+        except BrokenPromiseError:
+            return
+    pytest.fail(f"400 seeded runs did not notice that {rule_broken}")
 
 
 @pytest.mark.parametrize("rule_broken", MUTANTS)

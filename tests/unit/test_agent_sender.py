@@ -191,3 +191,20 @@ def test_what_is_on_the_way_is_counted_right_through_acks_rewinds_and_resends() 
     assert (sender.in_flight_batches, sender.in_flight_bytes) == (3, 120)
     assert sender.next_batch(10.0) is not None
     assert (sender.in_flight_batches, sender.in_flight_bytes) == (0, 0)
+
+
+def test_a_timeout_counts_only_for_what_has_reached_the_broker() -> None:
+    """Mutants tried: any answer of the broker taken for the answer to the oldest batch."""
+    buffer = MemoryBuffer({}, 1 << 30)
+    sender = Sender(buffer, SenderSettings(ack_timeout_s=1.0), random.Random(1))
+    buffer.append("s", BODY, 1, CLOCK)
+    buffer.append("s", BODY, 1, CLOCK)
+    sender.refresh_lanes()
+    for number in (7, 8):
+        batch = sender.next_batch(0.0)
+        assert batch is not None
+        sender.sent(batch, 0.0, number)
+    assert sender.next_batch(100.0, answered=6) is None
+    assert (sender.in_flight_batches, sender.resent_timeouts) == (2, 0)
+    assert sender.next_batch(101.5, answered=7) is not None
+    assert (sender.in_flight_batches, sender.resent_timeouts) == (0, 1)

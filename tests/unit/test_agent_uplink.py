@@ -367,3 +367,27 @@ def test_what_was_sent_and_then_evicted_is_not_remembered(bench: Benches, monkey
     fill(buffer, 2)
     one.uplink.stored(new_lane=False)
     wait_until(lambda: list(one.uplink._first_sent["s", epoch])[:1] == [3], "the evicted ones are forgotten")
+
+
+def test_what_has_not_reached_the_broker_yet_is_not_sent_again(bench: Benches) -> None:
+    """A line slower than `ack_timeout_s` for a batch would else carry the same batches for ever.
+
+    Mutants tried: ack timeouts counted from the handing over.
+    """
+    buffer = new_buffer()
+    one = bench(buffer, ack_timeout_s=0.1, ack_timeout_max_s=0.1)
+    connection = one.start_ready()
+    wait_until(lambda: connection.published, "presence")
+    connection.unanswered = 2
+    fill(buffer, 2)
+    one.uplink.stored(new_lane=True)
+    wait_until(lambda: len(connection.batches()) == 2, "sent")
+    (lane,) = one.uplink._sender._lanes.values()
+    first_s = lane.deadline_s
+    assert first_s is not None
+    wait_until(lambda: (lane.deadline_s or 0.0) > first_s + 0.3, "several timeouts have passed")
+    assert connection.batches() == [("s", 1), ("s", 2)]
+    assert one.metrics.ack_timeouts._value.get() == 0
+    connection.unanswered = 0
+    wait_until(lambda: len(connection.batches()) == 4, "sent again")
+    assert connection.batches()[2:] == [("s", 1), ("s", 2)]

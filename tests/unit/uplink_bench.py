@@ -45,6 +45,7 @@ class FakeConnection:
         self.will, self.topics, self._inbox = will, list(names), inbox
         self.published: list[tuple[str, bytes, bool]] = []
         self.room = 1_000_000
+        self.unanswered = 0
         self.abandoned = self.closed = False
 
     @property
