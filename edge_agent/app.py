@@ -60,6 +60,7 @@ TICK_S = 1.0
 SAMPLERS_STOP_S = 5.0
 """All samplers together; a driver that does not return is left to the end of the process."""
 MODELS_STOP_S = 10.0
+SALVAGE_TOLD_S = 1.0
 EVENTS_CAPS = StreamCaps(bytes_max=4 * 1024 * 1024, age_max_s=90 * 86_400.0)
 EXIT_OK, EXIT_FAILED = 0, 1
 _M_ARENA_MAX = -8  # malloc.h of glibc
@@ -171,6 +172,8 @@ class _Agent:
         self, settings: AgentSettings, environment: Mapping[str, str], notifier: Notifier, bell: _Bell
     ) -> None:
         self._settings, self._notifier, self._bell = settings, notifier, bell
+        self._salvaged_s = -math.inf
+        """Monotonic time at which a damaged buffer was last seen to be replaced, batch by batch."""
         secret = secret_from(settings.broker, environment)
         sensors = {name: _sensor(name, settings) for name in settings.streams}
         identity = Identity(device=settings.device, agent=_version(), boot=read_boot_id())
@@ -192,6 +195,7 @@ class _Agent:
             clock.read,
             hardware_fingerprint(),
             default_caps=_default_caps(settings),
+            progress=self._salvaging,
         )
         self._models = self._model_runner(report, random.Random(rng.getrandbits(64)))
         self._uplink = Uplink(
@@ -237,8 +241,8 @@ class _Agent:
         self._recording = self._worker("recorder", self._recorder.run)
         self._sending = self._worker("uplink", self._uplink.run)
         self._workers = [
-            Worker(self._recording, lambda: self._recorder.progress_s),
-            Worker(self._sending, lambda: self._uplink.progress_s),
+            Worker(self._recording, lambda: max(self._recorder.progress_s, self._salvaged_s)),
+            Worker(self._sending, lambda: max(self._uplink.progress_s, self._salvaged_s)),
         ]
         self._modelling: list[threading.Thread] = []
         if (models := self._models) is not None:
@@ -251,6 +255,13 @@ class _Agent:
                 Worker(following, lambda: models.service.progress_s),
                 Worker(inferring, lambda: models.engine.progress_s),
             ]
+
+    def _salvaging(self) -> None:
+        """A large buffer on a slow card takes minutes to be saved. Killed in the middle, it would begin again for ever."""
+        now_s = self._clock.monotonic_s()
+        if now_s - self._salvaged_s >= SALVAGE_TOLD_S:
+            self._salvaged_s = now_s
+            self._notifier.busy()
 
     def run(self) -> int:
         """Start, watch, stop."""

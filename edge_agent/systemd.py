@@ -17,6 +17,7 @@ from contract.errors import ConfigurationError
 _log = structlog.get_logger()
 
 STATUS_CHARS_MAX = 200
+BUSY_S = 60.0
 
 
 class Notifier(Protocol):
@@ -31,6 +32,9 @@ class Notifier(Protocol):
 
     def alive(self) -> None:
         """Every part made progress since the last call: restart the watchdog's count."""
+
+    def busy(self) -> None:
+        """The start takes longer than usual, and goes on: do not give up on it for another `BUSY_S`."""
 
     def status(self, line: str) -> None:
         """One line for people: what the agent is doing."""
@@ -51,6 +55,9 @@ class NullNotifier:
         """Do nothing."""
 
     def alive(self) -> None:
+        """Do nothing."""
+
+    def busy(self) -> None:
         """Do nothing."""
 
     def status(self, line: str) -> None:
@@ -86,6 +93,10 @@ class SystemdNotifier:
         """`WATCHDOG=1`, where the unit has a watchdog."""
         if self.watchdog_s is not None:
             self._send("WATCHDOG=1")
+
+    def busy(self) -> None:
+        """`EXTEND_TIMEOUT_USEC=`, so that TimeoutStartSec does not end it."""
+        self._send(f"EXTEND_TIMEOUT_USEC={BUSY_S * 1_000_000:.0f}")
 
     def status(self, line: str) -> None:
         """`STATUS=`, shortened to one line of 200 characters."""

@@ -7,7 +7,7 @@ back right is right. Batches keep their epochs and numbers, to be drained; nothi
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import structlog
@@ -39,13 +39,16 @@ class LaneRow(NamedTuple):
     """Up to this nothing is needed any more."""
 
 
-def salvage(old: Connection, new: Connection, known: Sequence[LaneRow]) -> int:
+def salvage(
+    old: Connection, new: Connection, known: Sequence[LaneRow], progress: Callable[[], None] = lambda: None
+) -> int:
     """Copy batches whose checksums are right.
 
     Args:
         old: the damaged file.
         new: a fresh one.
         known: the lanes, where the process still knows them; else they are read from the file.
+        progress: called again and again: a gigabyte on a card takes minutes.
 
     Returns:
         The number of batches copied. On a full disk it stops early: the rest stays in the old file.
@@ -55,7 +58,7 @@ def salvage(old: Connection, new: Connection, known: Sequence[LaneRow]) -> int:
         # Without this a file that was cut short is refused whole.
         old.execute("PRAGMA writable_schema = ON").fetchall()
         for number, lane in enumerate(known or _read_lanes(old), 1):
-            copied += _copy_lane(old, new, lane, number)
+            copied += _copy_lane(old, new, lane, number, progress)
     except sqlite3.Error as error:
         # What is committed is worth having; the old file keeps the rest.
         if new.in_transaction:
@@ -74,11 +77,12 @@ def _read_lanes(old: Connection) -> list[LaneRow]:
     return [lane for lane in lanes if is_name(str(lane.stream)) and is_epoch(str(lane.epoch))]
 
 
-def _copy_lane(old: Connection, new: Connection, lane: LaneRow, number: int) -> int:
+def _copy_lane(old: Connection, new: Connection, lane: LaneRow, number: int, progress: Callable[[], None]) -> int:
     base, copied, top = number << SEQ_BITS, 0, 0
     end = lane.base + lane.last_seq + 1 if lane.complete else ((lane.base >> SEQ_BITS) + 1) << SEQ_BITS
     key, failures = lane.base + lane.acked, 0
     while failures < UNREADABLE_IN_A_ROW_MAX:
+        progress()
         try:
             row = old.execute(
                 f"SELECT {_BATCH} FROM batches WHERE key > ? AND key < ? ORDER BY key LIMIT 1", (key, end)

@@ -68,6 +68,7 @@ class SqliteBuffer:
         limits: Limits = DEFAULT_LIMITS,
         connect: Connect = connect,
         wal_bytes_max: int = WAL_BYTES_MAX,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         """Open the buffer, and create it where there is none.
 
@@ -82,6 +83,7 @@ class SqliteBuffer:
             limits: what one batch may be.
             connect: opens a connection to a database file.
             wal_bytes_max: size at which the log is folded into the file.
+            progress: called often while a damaged file is being replaced, at opening or in use; must return at once.
 
         Raises:
             BufferUnavailableError: the disk is full, read-only or failing; try again later.
@@ -91,6 +93,7 @@ class SqliteBuffer:
         self._now = now
         self._opened_at = now()
         self._fingerprint = fingerprint
+        self._progress = progress
         self._db = Database(path, connect, wal_bytes_max)
         self._lock = threading.RLock()
         self._closed = False
@@ -375,7 +378,7 @@ class SqliteBuffer:
 
         def rescue(old: Connection, new: Connection) -> None:
             nonlocal copied
-            copied = salvage(old, new, known)
+            copied = salvage(old, new, known, self._progress)
 
         aside = self._db.replace(rescue)
         self._publish(load(self._db.query))

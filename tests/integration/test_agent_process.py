@@ -13,6 +13,11 @@ import pytest
 
 from contract import topics
 from contract.messages import Presence, Reported, decode
+from edge_agent.buffer.connection import PAGE_BYTES
+from edge_agent.buffer.port import StreamCaps
+from edge_agent.buffer.sqlite import SqliteBuffer
+from edge_agent.clock import DeviceClock
+from edge_agent.identity import hardware_fingerprint
 from edge_agent.offline import BufferUnreadableError, fetch_buffer
 from edge_agent.status import AgentNotRunningError, fetch, fetch_metrics
 from tests.integration.agent_bench import AgentProcess, FakeGateway, agents
@@ -353,6 +358,33 @@ def test_systemd_hears_ready_alive_and_stopping(agent_of: Agents, mosquitto: Bro
         while heard[-1] != b"STOPPING=1":
             heard.append(manager.recv(4096))
         assert agent.wait() == 0
+
+
+def test_systemd_hears_that_a_damaged_buffer_takes_its_time(
+    agent_of: Agents, mosquitto: BrokerServer, tmp_path: Path
+) -> None:
+    """Ended by TimeoutStartSec in the middle, saving it would begin again for ever. Mutants tried: told by nobody."""
+    agent = agent_of(mosquitto.url, "patient", NUMBERS, environment={"NOTIFY_SOCKET": str(tmp_path / "n")})
+    path = agent.buffer
+    clock = DeviceClock("ab" * 16, lambda: True)
+    caps = StreamCaps(bytes_max=1 << 20, age_max_s=1e9)
+    buffer = SqliteBuffer(path, {}, 1 << 20, clock.read, hardware_fingerprint(), default_caps=caps)
+    for number in range(200):
+        buffer.append("old", bytes([number]) * 700, 1, clock.read())
+    buffer.close()
+    content = bytearray(path.read_bytes())
+    interior = next(at for at in range(4 * PAGE_BYTES, len(content), PAGE_BYTES) if content[at] == 5)
+    content[interior : interior + 40] = bytes([0x77]) * 40
+    path.write_bytes(content)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "n"))
+        manager.settimeout(PATIENCE_S)
+        agent.start()
+        heard = [manager.recv(4096)]
+        while heard[-1] != b"READY=1":
+            heard.append(manager.recv(4096))
+        assert heard == [b"EXTEND_TIMEOUT_USEC=60000000", b"READY=1"]
+        assert fetch(agent.socket, "status")["buffer"]["opened"] == "corrupt_replaced"
 
 
 HANG = """

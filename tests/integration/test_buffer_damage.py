@@ -210,6 +210,35 @@ def test_damage_found_in_use_costs_no_healthy_batch_and_stops_nothing(path: Path
     buffer.close()
 
 
+def test_saving_a_damaged_file_is_seen_to_go_on_at_opening_and_in_use(path: Path) -> None:
+    """It takes minutes where the buffer is large, and whoever waits for it has to know that it does not hang.
+
+    Mutants tried: told only at its end.
+    """
+    epoch = filled(path, 200)
+    break_the_tree(path)
+    told: list[int] = []
+
+    def open_it() -> SqliteBuffer:
+        progress = lambda: told.append(1)  # noqa: E731
+        return SqliteBuffer(path, {"a": ROOMY}, PLENTY, Hands(), "board", progress=progress)
+
+    buffer = open_it()
+    assert buffer.opened.kind is OpenedKind.CORRUPT_REPLACED
+    assert len(told) >= len(held(buffer, "a", epoch)) > 0
+    buffer.close()
+    told.clear()
+    buffer = open_it()
+    assert (buffer.opened.kind, told) == (OpenedKind.RESUMED, [])
+    buffer._db._checkpoint("TRUNCATE")
+    break_the_tree(path)
+    buffer._db.close_connections()
+    drain(buffer, epoch)
+    assert buffer.opened.kind is OpenedKind.CORRUPT_REPLACED
+    assert told
+    buffer.close()
+
+
 class PowerCut(BaseException):
     """Nothing after this happens."""
 

@@ -37,13 +37,15 @@ def test_systemd_hears_what_the_agent_says(manager: tuple[socket.socket, str]) -
     listener, address = manager
     notifier = notifier_from({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "42"}, pid=42)
     assert notifier.watchdog_s == 30
+    notifier.busy()
     notifier.ready()
     notifier.status("two\nlines  " + "x" * 300)
     notifier.alive()
     notifier.stopping()
     notifier.close()
     said = heard(listener)
-    assert said[0] == b"READY=1"
+    assert said[:2] == [b"EXTEND_TIMEOUT_USEC=60000000", b"READY=1"]
+    said = said[1:]
     assert said[1].startswith(b"STATUS=two lines xxx")
     assert len(said[1]) == len("STATUS=") + 200
     assert said[2:] == [b"WATCHDOG=1", b"STOPPING=1"]
