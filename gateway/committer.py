@@ -30,6 +30,8 @@ class Outcome(NamedTuple):
     """Counter of every shard that was pending."""
     foreign_shards: frozenset[int]
     """Shards in which another gateway committed since this one last looked: other beliefs about them are stale."""
+    life: int
+    """Which opening of the table this is about (see `gateway.ports.StreamTable`)."""
     batches: int
     rows: int
     duplicates: int
@@ -46,6 +48,7 @@ def settle(
     pending: Sequence[Pending],
     committed: Mapping[Lane, int],
     counters: Mapping[int, int],
+    life: int,
 ) -> Outcome:
     """Commit what of `pending` continues the table.
 
@@ -56,6 +59,7 @@ def settle(
         pending: batches in the order they were admitted.
         committed: watermarks this gateway believes; a lane that is not in it is looked up.
         counters: shard counters this gateway last saw.
+        life: which opening of the table watermarks and counters are about.
 
     Raises:
         contract.errors.TemporaryError: nothing was committed, or it is not known whether; try again.
@@ -68,7 +72,12 @@ def settle(
     for batch in pending:
         lanes.setdefault(batch.lane, []).append(batch)
     # A lower application-transaction version would be accepted silently, so this look-up is what prevents duplicates.
-    doubtful = [lane for lane, batches in lanes.items() if lane not in committed or batches[0].shard in foreign]
+    # Counters do not tell everything: in a table that was restored they may have come to the same numbers by other
+    # commits.
+    renewed = table.life != life
+    doubtful = [
+        lane for lane, batches in lanes.items() if renewed or lane not in committed or batches[0].shard in foreign
+    ]
     marks: dict[Lane, int] = {lane: committed[lane] for lane in lanes if lane in committed}
     marks |= {Lane(*lane): mark for lane, mark in table.watermarks(doubtful).items()}
 
@@ -101,6 +110,7 @@ def settle(
         missing=missing,
         counters=seen,
         foreign_shards=foreign,
+        life=table.life,
         batches=batches_stored,
         rows=rows,
         duplicates=duplicates,

@@ -259,7 +259,7 @@ class Engine:
 
     def _begin(self, stream: _Stream) -> None:
         batches, committed, counters = stream.flow.take(COMMIT_BYTES_MAX)
-        stream.job = Job(stream.name, batches, committed, counters, stream.faults >= APART_AFTER)
+        stream.job = Job(stream.name, batches, committed, counters, stream.flow.life, stream.faults >= APART_AFTER)
         stream.job_bytes = sum(batch.held_bytes for batch in batches)
         stream.pending_bytes -= stream.job_bytes
         stream.pending_batches -= len(batches)

@@ -46,6 +46,8 @@ class Flow:
         self._counters: dict[int, int] = {}
         self._pending: list[Pending] = []
         self._committing: list[Pending] = []
+        self.life = 0
+        """Which opening of the table all beliefs are about (see `gateway.ports.StreamTable`)."""
 
     @property
     def pending_bytes(self) -> int:
@@ -112,11 +114,15 @@ class Flow:
         """
         done = self._committing
         self._committing = []
+        renewed, self.life = outcome.life != self.life, outcome.life
+        if renewed:
+            self._counters.clear()
         self._counters.update(outcome.counters)
-        if outcome.foreign_shards:
-            # Another gateway committed in these shards, so what is believed of their other lanes may be too low.
+        if outcome.foreign_shards or renewed:
+            # Another gateway committed in these shards, so what is believed of their other lanes may be too low. And of
+            # a table that was opened anew nothing is known: it may have been restored.
             for lane, state in self._lanes.items():
-                if state.shard in outcome.foreign_shards and lane not in outcome.committed:
+                if (renewed or state.shard in outcome.foreign_shards) and lane not in outcome.committed:
                     state.committed = None
         for lane, mark in outcome.committed.items():
             state = self._lanes[lane]

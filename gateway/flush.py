@@ -50,6 +50,7 @@ class Job(NamedTuple):
     batches: Sequence[Pending]
     committed: Mapping[Lane, int]
     counters: Mapping[int, int]
+    life: int
     apart: bool
     """Whether to look for the batches that trip over a bug."""
 
@@ -93,7 +94,7 @@ class Flusher:
             if job.apart:
                 outcome, isolated = settle_apart(job, table, counting)
             else:
-                outcome = settle(job.stream, table, counting, job.batches, job.committed, job.counters)
+                outcome = settle(job.stream, table, counting, job.batches, job.committed, job.counters, job.life)
                 isolated = frozenset[Lane]()
         except TemporaryError as error:
             return Done(job, None, error, self._clock_s() - began_s, frozenset())
@@ -137,7 +138,7 @@ def settle_apart(job: Job, table: StreamTable, quarantine: QuarantineTable) -> t
         TemporaryError: the lake does not answer; try again. What was committed by then is found out then.
         Exception: too many parts fail: the fault does not lie with some batches.
     """
-    committed, counters = dict(job.committed), dict(job.counters)
+    committed, counters, life = dict(job.committed), dict(job.counters), job.life
     shards = {batch.lane: batch.shard for batch in job.batches}
     outcomes: list[Outcome] = []
     isolated: set[Lane] = set()
@@ -148,7 +149,7 @@ def settle_apart(job: Job, table: StreamTable, quarantine: QuarantineTable) -> t
         if not part:
             continue
         try:
-            outcome = settle(job.stream, table, quarantine, part, committed, counters)
+            outcome = settle(job.stream, table, quarantine, part, committed, counters, life)
         except TemporaryError:
             raise
         except Exception as error:
@@ -172,9 +173,14 @@ def settle_apart(job: Job, table: StreamTable, quarantine: QuarantineTable) -> t
         else:
             outcomes.append(outcome)
             # As in `Flow.settled`: where another gateway committed, only what was just looked up is still believed.
-            committed = {lane: mark for lane, mark in committed.items() if shards[lane] not in outcome.foreign_shards}
+            committed = {
+                lane: mark
+                for lane, mark in committed.items()
+                if outcome.life == life and shards[lane] not in outcome.foreign_shards
+            }
             committed |= outcome.committed
             counters |= outcome.counters
+            life = outcome.life
     table.refresh()
     marks = {Lane(*lane): mark for lane, mark in table.watermarks(isolated).items()}
     missing: dict[Lane, int] = {}
@@ -188,6 +194,7 @@ def settle_apart(job: Job, table: StreamTable, quarantine: QuarantineTable) -> t
             missing=missing,
             counters=counters,
             foreign_shards=frozenset(shard for outcome in outcomes for shard in outcome.foreign_shards),
+            life=table.life,
             batches=sum(outcome.batches for outcome in outcomes),
             rows=sum(outcome.rows for outcome in outcomes),
             duplicates=sum(outcome.duplicates for outcome in outcomes),

@@ -50,6 +50,10 @@ class Pending(NamedTuple):
 class StreamTable(Protocol):
     """One stream's table in the lake, as of the last `refresh` (see `lake.raw.RawTable`)."""
 
+    @property
+    def life(self) -> int:
+        """Another number whenever a refresh opened the table anew: beliefs of before may be about another one."""
+
     def refresh(self) -> None:
         """See the latest commit."""
 

@@ -6,11 +6,13 @@ application transactions moved meanwhile, and that is what exactly-once stands o
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import pyarrow as pa
+import structlog
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.transaction import AddAction, RemoveAction
 
@@ -18,6 +20,9 @@ from lake.columns import DATE
 from lake.errors import CommitConflictError, ObjectMissingError
 from lake.log import TransactionLog
 from lake.store import Store
+
+_log = structlog.get_logger()
+_LIVES = itertools.count(1)
 
 
 def wall_clock_ms() -> int:
@@ -41,11 +46,22 @@ class DeltaHandle:
         self._clock_ms = clock_ms
         self._table: DeltaTable | None = None
         self._log = TransactionLog(store, path)
+        self._mark: tuple[int, str] = (-1, "")
+        """A version that was seen, and the mark of its commit."""
+        self._life = 0
 
     @property
     def version(self) -> int:
         """Version as of the last refresh, -1 where there is no table."""
         return -1 if self._table is None else self._table.version()
+
+    @property
+    def life(self) -> int:
+        """Another number whenever a refresh opened the table anew: it may be another one, restored or made again.
+
+        No two handles of a process have the same.
+        """
+        return self._life
 
     @property
     def schema(self) -> pa.Schema:
@@ -55,10 +71,18 @@ class DeltaHandle:
     def refresh(self) -> None:
         """See the latest commit. That there is no table is fine.
 
+        A table that was deleted, or replaced by an older copy, is opened anew: delta-rs goes by version numbers alone,
+        and would go on from a version that is not there any more.
+
         Raises:
             StoreUnavailableError: the store did not answer. The next refresh opens the table anew.
         """
         table, self._table = self._table, None
+        if table is not None and not self._stands(table.version()):
+            _log.warning("table_opened_anew", table=self.path, lake=self._store.url, version=table.version())
+            table = None
+        if table is None:
+            self._life, self._mark = next(_LIVES), (-1, "")
         try:
             with self._store.translated(f"open table {self.path}"):
                 if table is None:
@@ -70,6 +94,7 @@ class DeltaHandle:
             self._log.forget()
             return
         self._log.advance(table.version())
+        self._see(table.version())
         self._table = table
 
     def transaction(self, app_id: str) -> int:
@@ -168,6 +193,18 @@ class DeltaHandle:
         with self._store.translated(f"read table {self.path}"):
             return self._table.to_pyarrow_table()
 
+    def _stands(self, version: int) -> bool:
+        """Whether the commit of a version is the one that was seen."""
+        return self._mark == (version, self._store.mark(self._commit_path(version))) and self._mark[1] != ""
+
+    def _see(self, version: int) -> None:
+        """Know the commit of a version again."""
+        if self._mark[0] != version:
+            self._mark = version, self._store.mark(self._commit_path(version))
+
+    def _commit_path(self, version: int) -> str:
+        return f"{self.path}/_delta_log/{version:020d}.json"
+
     def _open(self) -> DeltaTable:
         return DeltaTable(self._store.table_uri(self.path), storage_options=self._store.storage_options)
 
@@ -179,4 +216,5 @@ class DeltaHandle:
                 f"table {self.path} went from version {base} to {table.version()} while its columns changed; "
                 "refresh and check again"
             )
+        self._see(table.version())
         self._table = table

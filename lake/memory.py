@@ -8,6 +8,7 @@ version of an application transaction is accepted without a word.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,10 +17,12 @@ import pyarrow as pa
 
 from contract.errors import Rejected
 from contract.names import TS
-from lake.errors import CommitConflictError
+from lake.errors import CommitConflictError, StoreUnavailableError
 from lake.parts import RawBatch, days_of
 from lake.plan import BASE_COLUMNS, COLUMNS_MAX, Columns, WireSchemas, grow
 from lake.raw import AppendResult, lane_app_id, shard_app_id
+
+_LIVES = itertools.count(1)
 
 
 class MemoryCommit(NamedTuple):
@@ -36,10 +39,17 @@ class MemoryLake:
 
     def __init__(self) -> None:
         self.commits: dict[str, list[MemoryCommit]] = {}
+        self.restored: dict[str, int] = {}
+        """How often each table was restored."""
 
     def batches(self, stream: str) -> list[RawBatch]:
         """All committed batches of a stream, in the order of their commits."""
         return [batch for commit in self.commits.get(stream, ()) for batch in commit.batches]
+
+    def restore(self, stream: str, version: int) -> None:
+        """Put an older copy of a table, as of a version, in its place; -1: nothing."""
+        del self.commits[stream][version + 1 :]
+        self.restored[stream] = self.restored.get(stream, 0) + 1
 
     def transaction(self, stream: str, app_id: str, version: int | None = None) -> int:
         """Version of an application transaction as of a table version (default: the latest), 0 where there is none."""
@@ -64,6 +74,8 @@ class MemoryRawTable:
         self._columns_max = columns_max
         self._max_clock_skew_us = int(max_clock_skew_s * 1_000_000)
         self._version = -1
+        self.life = next(_LIVES)
+        self._restored = lake.restored.get(stream, 0)
         self._columns: Columns = BASE_COLUMNS
         self._planned: Columns = BASE_COLUMNS
         self._wire_schema = WireSchemas()
@@ -75,6 +87,9 @@ class MemoryRawTable:
 
     def refresh(self) -> None:
         """See the latest commit."""
+        restored = self._lake.restored.get(self.stream, 0)
+        if self._restored != restored:
+            self._restored, self.life = restored, next(_LIVES)
         commits = self._lake.commits.get(self.stream, [])
         self._version = len(commits) - 1
         self._columns = self._planned = commits[-1].columns if commits else BASE_COLUMNS
@@ -109,8 +124,11 @@ class MemoryRawTable:
 
         Raises:
             CommitConflictError: as `lake.raw.RawTable` does.
+            StoreUnavailableError: the table was restored since the last refresh.
             Rejected: a batch's schema is unfit.
         """
+        if self._restored != self._lake.restored.get(self.stream, 0):
+            raise StoreUnavailableError(f"table {self.stream} is another one by now; refresh and check again")
         needed = dict(self._columns)
         for batch in batches:
             unfit = self.unfit(batch.batch.schema)

@@ -79,6 +79,10 @@ class QuarantineTable:
             CommitConflictError: the table was being made by too many at once; try again.
             StoreUnavailableError: it is not known whether all were committed; writing them again is harmless.
         """
+        life = self._table.life
+        self._table.refresh()
+        if self._table.life != life:
+            self._written.clear()
         fresh = {key_of(record): record for record in records}
         for key in list(fresh):
             if key in self._written:

@@ -112,14 +112,23 @@ class RawTable:
         """Version of the table as of the last refresh, -1 where there is none."""
         return self._handle.version
 
+    @property
+    def life(self) -> int:
+        """Another number whenever a refresh opened the table anew: what was known of it may not hold any more."""
+        return self._handle.life
+
     def refresh(self) -> None:
         """See the latest commit. That there is no table yet is fine.
 
         Raises:
             StoreUnavailableError: the store did not answer.
         """
+        life = self.life
         self._handle.refresh()
-        if self.version != self._seen_version:
+        if self.life != life:
+            # With the table its schema objects may be gone.
+            self._schemas.forget()
+        if self.life != life or self.version != self._seen_version:
             self._columns = columns_of(self._handle.schema)
             self._seen_version = self.version
         planned = self._columns or BASE_COLUMNS

@@ -52,6 +52,10 @@ class SchemaObjects:
             self._remember(name, serialized)
         return pa.ipc.read_schema(pa.py_buffer(serialized))
 
+    def forget(self) -> None:
+        """Look again whether they are there."""
+        self._known.clear()
+
     def _remember(self, name: str, serialized: bytes) -> None:
         self._known[name] = serialized
         if len(self._known) > _KNOWN_MAX:

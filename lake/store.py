@@ -252,6 +252,19 @@ class Store:
         with self._translated(f"look at {path}"):
             return obstore.head(self._objects, path)["size"]
 
+    def mark(self, path: str) -> str:
+        """Something that changes whenever an object is written anew; empty where there is none.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        try:
+            with self._translated(f"look at {path}"):
+                found = obstore.head(self._objects, path)
+        except ObjectMissingError:
+            return ""
+        return f"{found['e_tag']} {found['size']}"
+
     def get_tagged(self, path: str) -> Tagged:
         """Read an object that is to be replaced by `replace`.
 

@@ -55,6 +55,11 @@ class ControlTable:
         """
         self._handle.refresh()
 
+    @property
+    def life(self) -> int:
+        """Another number whenever a refresh opened the table anew: what was known of it may not hold any more."""
+        return self._handle.life
+
     def read(self) -> pa.Table:
         """All rows as of the last refresh, in the order of nothing.
 

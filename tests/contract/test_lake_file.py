@@ -16,6 +16,7 @@ from lake.plan import BASE_COLUMNS, table_schema
 from lake.raw import RawTable
 from lake.store import Store, StoreSettings
 from tests.contract.lake_reading import batches_in, table_in
+from tests.contract.lake_replaced_suite import ReplacedTableSuite
 from tests.contract.lake_suite import EPOCH, A, B, RawTableSuite, StoreSuite, Table, commit, raw, rows
 
 
@@ -40,6 +41,12 @@ class TestFileRawTable(RawTableSuite):
 
     def committed(self, stream: str = "vibration") -> list[tuple[str, int, int]]:
         return batches_in(self.store, stream)
+
+
+class TestFileReplacedTable(ReplacedTableSuite):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Store:
+        return Store(StoreSettings(url=(tmp_path / "a lake").as_uri()))
 
 
 def test_watermarks_survive_the_log_checkpoint(store: Store) -> None:

@@ -10,6 +10,7 @@ from lake.raw import RawTable
 from lake.store import Store, StoreSettings
 from tests.contract.lake_query_suite import QuerySuite, SmallTableSuite
 from tests.contract.lake_reading import batches_in
+from tests.contract.lake_replaced_suite import ReplacedTableSuite
 from tests.contract.lake_suite import RawTableSuite, StoreSuite, Table
 from tests.integration.servers import StoreServer
 
@@ -46,6 +47,12 @@ class TestS3RawTable(RawTableSuite):
 
     def committed(self, stream: str = "vibration") -> list[tuple[str, int, int]]:
         return batches_in(self.store, stream)
+
+
+class TestS3ReplacedTable(ReplacedTableSuite):
+    @pytest.fixture
+    def store(self, object_store: StoreServer) -> Store:
+        return Store(s3_settings(object_store))
 
 
 class TestS3Query(QuerySuite):

@@ -129,6 +129,11 @@ class FaultyTable:
         self._table = table
         self._world = world
 
+    @property
+    def life(self) -> int:
+        """As of the last refresh."""
+        return self._table.life
+
     def refresh(self) -> None:
         """May fail."""
         self._world.store_trouble()
@@ -169,10 +174,13 @@ class FaultyTable:
 class World:
     """Three devices, two gateways that both own every shard, one lake. `step` does one thing; `check` sees all."""
 
-    def __init__(self, choices: Choices, devices: int = 3, gateways: int = 2) -> None:
-        """Build it, empty and healthy."""
+    def __init__(self, choices: Choices, devices: int = 3, gateways: int = 2, *, restores: bool = False) -> None:
+        """Build it, empty and healthy; `restores`: the lake is replaced by an older copy from time to time."""
         self.choices = choices
         self.faults = True
+        self.restores = restores
+        self.taken_back: set[tuple[str, str, int]] = set()
+        """What was in the lake when an older copy took its place: it may be gone, as nobody has it any more."""
         self.now_s = 0.0
         self.steps = 0
         self._depth = 0
@@ -204,6 +212,8 @@ class World:
             self.wait,
             self.split,
         ]
+        if self.restores and not self._depth:
+            trouble.append(self.restore)
         return [*ordinary, *ordinary, *trouble] if self.faults else [*ordinary, self.wait]
 
     def step(self) -> None:
@@ -280,7 +290,8 @@ class World:
         gateway.committing = True
         pending, committed, counters = gateway.flow.take(self.choices.integer(1, 6))
         try:
-            outcome = settle(STREAM, FaultyTable(gateway.table, self), self, pending, committed, counters)
+            table = FaultyTable(gateway.table, self)
+            outcome = settle(STREAM, table, self, pending, committed, counters, gateway.flow.life)
         except TemporaryError:
             gateway.flow.failed()
         except Killed:
@@ -347,6 +358,15 @@ class World:
         """A device lets fresh data overtake its backlog."""
         self._device().sender.split_backlog()
 
+    def restore(self) -> None:
+        """An older copy of the table takes its place, while gateways hold beliefs about the newer one."""
+        commits = self.lake.commits.get(STREAM, [])
+        version = self.choices.integer(-1, len(commits) - 1)
+        if version < len(commits) - 1:
+            gone = [batch for commit in commits[version + 1 :] for batch in commit.batches]
+            self.taken_back |= {(batch.device, batch.epoch, batch.seq) for batch in gone}
+            self.lake.restore(STREAM, version)
+
     # What the faulty table asks for.
 
     def store_trouble(self) -> None:
@@ -387,7 +407,7 @@ class World:
                 raise BrokenPromiseError(f"{key} has value {value}, accepted was {self.accepted.get(key)}")
             stored[key] = value
         held = {(device.name, epoch, seq) for device in self.devices.values() for epoch, seq in device.held()}
-        gone = self.accepted.keys() - stored.keys() - held - self.evicted - self.quarantined.keys()
+        gone = self.accepted.keys() - stored.keys() - held - self.evicted - self.quarantined.keys() - self.taken_back
         if gone:
             raise BrokenPromiseError(
                 f"accepted, and neither in a buffer, nor in the lake, nor given up: {sorted(gone)}"
@@ -420,7 +440,7 @@ class World:
             raise BrokenPromiseError(f"stuck: {left}")
         stored = {(batch.device, batch.epoch, batch.seq) for batch in self.lake.batches(STREAM)}
         for key in self.accepted.keys() - stored - self.quarantined.keys():
-            if key not in self.evicted:
+            if key not in self.evicted and key not in self.taken_back:
                 raise BrokenPromiseError(f"false gap: {key} was never given up")
 
     # Helpers.
@@ -458,9 +478,9 @@ def _body(value: int) -> bytes:
     return encode_body(pa.record_batch([pa.array([value], pa.timestamp("us", tz="UTC")), numbers], names=["ts", "x"]))
 
 
-def run(seed: int, steps: int) -> World:
+def run(seed: int, steps: int, *, restores: bool = False) -> World:
     """One seeded run: `steps` random steps, then everything drains."""
-    world = World(Seeded(seed))
+    world = World(Seeded(seed), restores=restores)
     while world.steps < steps:
         world.step()
     world.drain()

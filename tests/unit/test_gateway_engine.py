@@ -59,6 +59,7 @@ class Bench:
         self.forgotten: list[str] = []
         self.lake = MemoryLake()
         self.quarantine = MemoryQuarantine()
+        self.tables: dict[str, MemoryRawTable] = {}
         self.engine = Engine(
             settings,
             budget=self.budget,
@@ -85,12 +86,12 @@ class Bench:
     def settle(self, job: Job | None = None) -> None:
         """Do the oldest job for real."""
         job = job or self.pool.jobs.pop(0)
-        table = MemoryRawTable(self.lake, job.stream)
+        table = self.tables.setdefault(job.stream, MemoryRawTable(self.lake, job.stream))
         isolated: frozenset[Lane] = frozenset()
         if job.apart:
             outcome, isolated = settle_apart(job, table, self.quarantine)
         else:
-            outcome = settle(job.stream, table, self.quarantine, job.batches, job.committed, job.counters)
+            outcome = settle(*(job.stream, table, self.quarantine, job.batches, job.committed, job.counters, job.life))
         self.engine.take(Done(job, outcome, None, 0.1, isolated))
 
     def fail(self, error: Exception) -> None:
@@ -397,10 +398,11 @@ def test_taking_a_flush_apart_believes_nothing_of_a_shard_in_which_another_gatew
     bench = Bench()
     first, second, poison = (pending(1, device=device)._replace(shard=7) for device in ("pi-1", "pi-2", "poison"))
     other = MemoryRawTable(bench.lake, STREAM)
-    settle(STREAM, other, bench.quarantine, [second], {}, {})
+    settle(STREAM, other, bench.quarantine, [second], {}, {}, other.life)
     beliefs = {batch.lane: 0 for batch in (first, second, poison)}
-    job = Job(STREAM, [first, second, poison], beliefs, {7: 0}, apart=True)
-    outcome, isolated = settle_apart(job, Tripping(bench.lake, STREAM), bench.quarantine)
+    table = Tripping(bench.lake, STREAM)
+    job = Job(STREAM, [first, second, poison], beliefs, {7: 0}, table.life, apart=True)
+    outcome, isolated = settle_apart(job, table, bench.quarantine)
     assert sorted(bench.stored()) == [("pi-1", 1), ("pi-2", 1)]
     assert (outcome.duplicates, isolated) == (1, {poison.lane})
 

@@ -40,7 +40,7 @@ class Tripping(MemoryRawTable):
 
 
 def job(batches, *, apart=True) -> Job:
-    return Job(STREAM, batches, {}, {}, apart)
+    return Job(STREAM, batches, {}, {}, 0, apart)
 
 
 def stored(lake: MemoryLake) -> list[tuple[str, int]]:
@@ -148,7 +148,7 @@ def test_the_pool_does_every_job_and_ends():
     pool = FlushPool(2, Flusher(lake, fresh_metrics()).run, done.append)
     pool.start()
     for number in range(5):
-        pool.submit(Job(f"s{number}", [pending(1)], {}, {}, False))
+        pool.submit(Job(f"s{number}", [pending(1)], {}, {}, 0, False))
     assert pool.close(10)
     assert sorted(each.job.stream for each in done) == [f"s{number}" for number in range(5)]
     assert not any(thread.alive for thread in pool.threads)
