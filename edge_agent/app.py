@@ -257,7 +257,7 @@ class _Agent:
             ]
 
     def _salvaging(self) -> None:
-        """A large buffer on a slow card takes minutes to be saved. Killed in the middle, it would begin again for ever."""
+        """Saving a large buffer on a slow card takes minutes; killed in the middle, it would begin again for ever."""
         now_s = self._clock.monotonic_s()
         if now_s - self._salvaged_s >= SALVAGE_TOLD_S:
             self._salvaged_s = now_s

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,6 +17,9 @@ import msgspec
 
 from contract.messages import Rewind, Watermark
 from edge_agent.buffer.port import BatchBuffer, LaneInfo, Stored
+
+DRAINING_EPOCHS_MAX = 8
+"""Of one stream, each a backlog of its own."""
 
 
 class SenderSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -203,19 +206,20 @@ class Sender:
     def split_backlog(self) -> list[str]:
         """Let fresh data overtake: open a new epoch where a live one has too much waiting.
 
-        Only where no older epoch of the stream still drains, so a stream has few epochs at a time; and only after an
-        ack: a restored buffer can move fresh batches out of a live epoch, not out of one that drains.
+        Only up to `DRAINING_EPOCHS_MAX`, so a stream has few epochs at a time, also where the line breaks again before
+        the last backlog is through; and only after an ack: a restored buffer can move fresh batches out of a live
+        epoch, not out of one that drains.
 
         Returns:
             The streams that got a new epoch.
         """
         infos = self._buffer.lanes()
-        draining = {info.stream for info in infos if not info.live}
+        draining = Counter(info.stream for info in infos if not info.live)
         split = [
             info.stream
             for info in infos
             if info.live
-            and info.stream not in draining
+            and draining[info.stream] < DRAINING_EPOCHS_MAX
             and info.body_bytes > self._settings.backlog_bytes_max
             and (lane := self._lanes.get((info.stream, info.epoch))) is not None
             and lane.confirmed

@@ -10,7 +10,7 @@ from contract.batches import Clock
 from contract.messages import Rewind, Watermark
 from edge_agent.buffer.memory import MemoryBuffer
 from edge_agent.buffer.port import BufferUnavailableError, StreamCaps
-from edge_agent.sender import AckOutcome, Sender, SenderSettings
+from edge_agent.sender import DRAINING_EPOCHS_MAX, AckOutcome, Sender, SenderSettings
 
 CLOCK = Clock(True, 0, 0, "ab" * 16)
 BODY = b"x" * 100
@@ -121,6 +121,23 @@ def test_a_backlog_is_split_after_the_first_ack_and_fresh_batches_go_first() -> 
     batch = sender.next_batch(0.0)
     assert batch is not None
     assert (batch.epoch, batch.seq) == (fresh, 1)
+
+
+def test_a_second_outage_before_the_first_backlog_is_through_does_not_hold_fresh_batches_back() -> None:
+    """Mutants tried: one draining epoch at a time; any number of them."""
+    buffer = new_buffer()
+    sender = new_sender(buffer)
+    for number in range(DRAINING_EPOCHS_MAX + 2):
+        epoch = fill(buffer, 20)
+        sender.refresh_lanes()
+        split = sender.split_backlog()
+        assert split == (["s"] if number < DRAINING_EPOCHS_MAX else [])
+    fresh = fill(buffer, 1)
+    assert fresh == epoch
+    assert sum(not lane.live for lane in buffer.lanes()) == DRAINING_EPOCHS_MAX
+    batch = sender.next_batch(0.0)
+    assert batch is not None
+    assert batch.epoch == fresh
 
 
 def test_an_ack_that_the_disk_refused_has_changed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
