@@ -36,13 +36,15 @@ def run_demo(options: UpOptions, environment: Mapping[str, str], *, json: bool) 
 
     Raises:
         HeadwaterError: the stack could not start, or a process gave up.
+        KeyboardInterrupt: it was to stop before it was up.
     """
     with stopping() as stop, DataFolder(options.data) as folder, Supervisor() as supervisor:
         say = sayer(json=json)
         stack = Stack(options, folder=folder, supervisor=supervisor, environment=environment, say=say)
         before = lanes_of(stack.places)
         began_us = time.time_ns() // 1000
-        record = stack.start()
+        with stop.interrupting():
+            record = stack.start()
         if json:
             output.say_json({"event": "up", "data": str(options.data), "notes": stack.notes, "stack": record})
         else:

@@ -18,10 +18,10 @@ INTRODUCTION = """\
 Every command takes `--json`: one JSON object, or one line of JSON per row, on stdout. Logs and complaints go to stderr.
 `headwater` is `.venv/bin/headwater` in a checkout; `python -m headwater` is the same.
 
-Ctrl-C ends a command that has no result yet with 130. `up` takes the first as "stop cleanly" and ends with 0, a second
-as "end now", with 130: its processes are ended by the kernel, no acknowledged reading is lost, and the next start over
-the same folder goes on from there. With `--json` the last line is `{"event":"stopped",…}` either way, after a second
-Ctrl-C with `"cut":true`.
+Ctrl-C ends a command that has no result yet with 130. `up` takes the first as "stop cleanly" and ends with 0, or with
+130 where it was not up yet; a second as "end now", with 130: its processes are ended by the kernel, no acknowledged
+reading is lost, and the next start over the same folder goes on from there. With `--json` the last line is
+`{"event":"stopped",…}` either way, after a second Ctrl-C with `"cut":true`.
 
 | exit status | meaning |
 |---|---|

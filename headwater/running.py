@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from contract.errors import HeadwaterError
 from headwater import output
 from headwater.answers import quoted
 from headwater.place import StackRecord, data_option
@@ -22,24 +23,36 @@ def run_up(options: UpOptions, environment: Mapping[str, str], *, json: bool) ->
 
     Raises:
         HeadwaterError: it could not start, or a process gave up.
+        KeyboardInterrupt: it was to stop before it was up; what had been started has been stopped.
     """
     say = sayer(json=json)
     cut = output.json_line({"event": "stopped", "cut": True}) if json else ""
     with stopping(cut) as stop, DataFolder(options.data) as folder, Supervisor() as supervisor:
         stack = Stack(options, folder=folder, supervisor=supervisor, environment=environment, say=say)
-        record = stack.start()
+        try:
+            with stop.interrupting():
+                record = stack.start()
+        except KeyboardInterrupt:
+            _stop(stack, json=json)
+            raise
         if json:
             output.say_json({"event": "up", "data": str(options.data), "notes": stack.notes, "stack": record})
         else:
             introduce(options, record, stack.notes)
         try:
             stack.run(stop, options.seconds)
-        finally:
+        except HeadwaterError:
             stack.stop()
-        if json:
-            output.say_json({"event": "stopped", "restarts": stack.restarts})
-        else:
-            output.say("stopped; the next start over the same folder goes on from here")
+            raise
+        _stop(stack, json=json)
+
+
+def _stop(stack: Stack, *, json: bool) -> None:
+    stack.stop()
+    if json:
+        output.say_json({"event": "stopped", "restarts": stack.restarts})
+    else:
+        output.say("stopped; the next start over the same folder goes on from here")
 
 
 def introduce(options: UpOptions, record: StackRecord, notes: list[str]) -> None:

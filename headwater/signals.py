@@ -14,8 +14,37 @@ from types import FrameType
 from headwater.exits import Exit
 
 
+class Stop(threading.Event):
+    """Set by the first SIGINT or SIGTERM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._interrupts = False
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """While inside, the first signal also ends what is being done: it has no result yet that could be kept.
+
+        Raises:
+            KeyboardInterrupt: in the main thread, whichever of the two signals it was, or one that came before.
+        """
+        self._interrupts = True
+        try:
+            if self.is_set():
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._interrupts = False
+
+    def ask(self) -> None:
+        """For the handler of the first signal."""
+        self.set()
+        if self._interrupts:
+            raise KeyboardInterrupt
+
+
 @contextmanager
-def stopping(last_words: str = "") -> Iterator[threading.Event]:
+def stopping(last_words: str = "") -> Iterator[Stop]:
     """An event that is set by SIGINT or SIGTERM while inside; a second signal ends this process without more ado.
 
     Processes that it supervises are ended by the kernel then; nothing that counts is lost by that.
@@ -23,7 +52,7 @@ def stopping(last_words: str = "") -> Iterator[threading.Event]:
     Args:
         last_words: a line for stdout at a second signal.
     """
-    stop = threading.Event()
+    stop = Stop()
 
     def asked(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
@@ -31,7 +60,7 @@ def stopping(last_words: str = "") -> Iterator[threading.Event]:
                 with contextlib.suppress(OSError):
                     os.write(1, f"{last_words}\n".encode())  # print may be in the middle of a line of its own
             os._exit(Exit.INTERRUPTED)
-        stop.set()
+        stop.ask()
 
     before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -213,6 +213,25 @@ def test_an_external_broker_or_store_that_is_not_there_is_said_before_anything_s
     assert "Traceback" not in silent.stderr + storeless.stderr
 
 
+def test_ctrl_c_before_it_is_up_stops_what_was_started(tmp_path: Path) -> None:
+    """Mutants tried: the first Ctrl-C heard only once everything has started."""
+    program = tmp_path / "bin" / "mosquitto"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nexec sleep 600\n")  # a broker that never answers
+    program.chmod(0o755)
+    path = f"{program.parent}:{os.environ['PATH']}"
+    options = ("--broker", "mosquitto", "--lake", f"file://{tmp_path}/lake")
+    for command in ("up", "demo"):
+        with Running(tmp_path / "data", command, "--devices", "1", "--no-models", *options, PATH=path) as running:
+            wait_until(lambda: any(words.startswith("600") for words in running.children()), 30.0, "the broker")
+            children = list(running.children().values())
+            running.signal(signal.SIGINT)
+            assert running.end(20.0) == 130, running.complaints
+            assert running.lines == ([{"event": "stopped", "restarts": {}}] if command == "up" else [])
+            assert "Traceback" not in running.complaints
+            wait_gone(children)
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     with Running(tmp_path / "data", *SMALL) as running:
         running.up()
