@@ -115,13 +115,20 @@ def groups(lake: Lake, rule: SplitRule, pinned: Pins) -> Callable[[str], str]:
 
     Raises:
         RecipeError: `group_sql` lacks a column.
-        DataError: later, of the function: it gives no group to a device.
+        DataError: it gives one device several groups; later, of the function: it gives a device none.
     """
     if rule.group_sql:
         answer = lake.sql(rule.group_sql, at=pinned)
         if not {DEVICE, "group"} <= set(answer.column_names):
             raise RecipeError(f"[split] group_sql gives {answer.column_names}; it must give _device and group")
-        known = {str(row[DEVICE]): row["group"] for row in answer.select([DEVICE, "group"]).to_pylist()}
+        known: dict[str, Any] = {}
+        for row in answer.select([DEVICE, "group"]).to_pylist():
+            device, group = str(row[DEVICE]), row["group"]
+            if known.setdefault(device, group) != group:
+                raise DataError(
+                    f"[split] group_sql gives device {device!r} the groups {known[device]!r} and {group!r}; which of "
+                    "them must not be on both sides? Give each device one"
+                )
         return lambda device: _named(known.get(device), device, "[split] group_sql gives no group")
     if rule.group:
         pattern = re.compile(rule.group)

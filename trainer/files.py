@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from contract.errors import TemporaryError
+from contract.errors import ConfigurationError, TemporaryError
 from trainer.errors import DiskFullError
 
 
@@ -97,6 +97,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         TemporaryError: another one does.
+        ConfigurationError: its file system has no locks.
         DiskFullError: the folder cannot be made.
     """
     try:
@@ -107,9 +108,14 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise TemporaryError(
                 f"another training works in {folder}; wait until it ends, or choose another --work"
+            ) from error
+        except OSError as error:
+            raise ConfigurationError(
+                f"{folder} cannot be locked ({error}), so two trainings could meet there; choose a --work on a file "
+                "system with locks"
             ) from error
         yield
     finally:

@@ -31,8 +31,10 @@ h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-
 p.lead { color: #4b5563; margin-top: 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } th { color: #4b5563; font-weight: 600; }
-.plots { display: flex; flex-wrap: wrap; gap: 1.2rem; } figure { margin: 0; } figcaption { color: #4b5563; }
+th:first-child, td:first-child { text-align: left; } td:first-child { white-space: nowrap; }
+th { color: #4b5563; font-weight: 600; }
+.plots { display: flex; flex-wrap: wrap; gap: 1.2rem; } figure { margin: 0; }
+figcaption { color: #4b5563; max-width: 33rem; }
 p { overflow-wrap: anywhere; } td.words { text-align: left; }
 .ok { color: #15803d; } .warn { color: #b45309; } .fail { color: #b91c1c; }
 svg { max-width: 100%; height: auto; } pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; font-size: 13px; }
@@ -100,19 +102,20 @@ def _said(evaluation: Evaluation, result: SearchResult) -> str:
     elif (alarms := evaluation.alarms) is not None:
         low, high = alarms.false_alarms_per_month_95
         said.append(
-            f"In the judged windows {alarms.found} of {alarms.labelled} labelled stretches were found, with "
-            f"{alarms.false_alarms} false alarms in {alarms.months:.2g} months: {alarms.false_alarms_per_month:.2g} a "
-            f"month, 95 % confidence {low:.2g} to {high:.2g}."
+            f"Judged windows: {alarms.found} of {alarms.labelled} labelled stretches found; false alarms: "
+            f"{alarms.false_alarms} in {alarms.months:.2g} months, {alarms.false_alarms_per_month:.2g} a month (95 % "
+            f"confidence: {low:.2g} to {high:.2g})."
         )
         if (unseen := evaluation.alarms_unseen) is not None:
             said.append(
-                f"Over all windows that were answered by a model fitted without them, the folds' included: "
-                f"{unseen.found} of {unseen.labelled}, and {unseen.false_alarms} false alarms in "
+                f"All windows that were answered by a model fitted without them, those of the folds included: "
+                f"{unseen.found} of {unseen.labelled} found; false alarms: {unseen.false_alarms} in "
                 f"{unseen.months:.2g} months. The row of all windows counts those, too, that the model was fitted with."
             )
         if alarms.labelled < FEW:
             said.append(
-                f"{alarms.labelled} labelled stretches are few: one found or missed more would change the picture."
+                f"Labelled stretches that judge: {alarms.labelled}, which is few: one more or less would change the "
+                "picture."
             )
     return "".join(f"<p>{escape(sentence)}</p>" for sentence in said)
 

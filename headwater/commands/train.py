@@ -127,7 +127,8 @@ def run(
             approver_of(context)
             check_installed()
         for name, step in STEPS.items():
-            _tell(_run(context, step, force=name in (force or ()), keep_pins=resume, json=json), json=json)
+            ran = _run(context, step, force=name in (force or ()), keep_pins=resume, json=json)
+            _tell(ran, context.work, json=json)
             if name == until:
                 return
 
@@ -189,7 +190,7 @@ def _one(
     with _trainer(f"headwater train {name}"):
         from trainer.pipeline import STEPS
     with _context(recipe, lake, data, work, keys=keys, json=json) as context:
-        _tell(_run(context, STEPS[name], force=force, json=json), json=json)
+        _tell(_run(context, STEPS[name], force=force, json=json), context.work, json=json)
 
 
 @contextmanager
@@ -255,7 +256,7 @@ def _run(context: StepContext, step: Step, *, force: bool, keep_pins: bool = Fal
         raise
 
 
-def _tell(ran: Ran, *, json: bool) -> None:
+def _tell(ran: Ran, work: Path, *, json: bool) -> None:
     """What a step did."""
     record = ran.record
     if json:
@@ -273,6 +274,10 @@ def _tell(ran: Ran, *, json: bool) -> None:
     done = "skipped, its inputs are as they were" if ran.skipped else f"done in {record.seconds:.1f} s"
     output.say(f"{record.step}: {done}")
     output.say_pairs({f"  {name}": value for name, value in record.outputs.items() if _is_short(value)})
+    for metric in record.outputs.get("metrics", ()) if record.step == "evaluate" else ():
+        output.say(f"  {metric['name']:<26}{metric['value']:.4g}  ({metric['split']})")
+    for name in record.outputs.get("files", {}).values() if record.step == "evaluate" else ():
+        output.say(f"  see: {work / record.step / name}")
     if record.outputs.get("state") == "draft":
         output.say(f"  next: headwater release approve {record.outputs['model']}@{record.outputs['version']}")
     for finding in record.outputs.get("findings", ()):

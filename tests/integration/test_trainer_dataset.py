@@ -252,6 +252,16 @@ def test_groups_may_come_from_sql(store: Store, train: Training) -> None:
     assert outputs["test"] == 2 * 45
 
 
+def test_a_device_of_two_groups_is_refused(store: Store, train: Training) -> None:
+    """Which of the two counted would be chance, and with it who is on both sides."""
+    bring_in_walkers(store, 4)
+    sql = "SELECT _device, 'ann' AS \\\"group\\\" FROM motion UNION SELECT 'walker-2', 'bob'"
+    with pytest.raises(
+        DataError, match=r"device 'walker-2' the groups '(ann|bob)' and '(ann|bob)'.*Give each device one"
+    ):
+        train(RECIPE.replace('by = "device"', f'by = "group"\ngroup_sql = "{sql}"'))
+
+
 def headwater(train: Training, *arguments: str, **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-P", "-m", "headwater", "train", *arguments, str(train.folder / "recipe.toml")]
     command += ["--lake", train.store.url, "--work", str(train.folder / "work"), "--json"]

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from contract.errors import TemporaryError
+from contract.errors import ConfigurationError, TemporaryError
 from lake.errors import StoreUnavailableError
 from lake.evaluations import Evaluations
 from lake.store import Store, StoreSettings
@@ -310,3 +310,14 @@ def test_one_process_works_in_a_folder_at_a_time(tmp_path: Path) -> None:
         raise AssertionError
     with locked(tmp_path / "a"):
         pass
+
+
+def test_a_folder_without_locks_is_not_taken_for_one_that_is_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refused)
+    with pytest.raises(ConfigurationError, match=r"No locks available.*choose a --work"), locked(tmp_path / "a"):
+        raise AssertionError
