@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
@@ -48,14 +49,19 @@ def write_text(path: Path, text: str, driver: str) -> None:
     except FileNotFoundError as error:
         raise SensorConfigError(f"driver {driver!r}: there is no {path}; the device has no such setting") from error
     except OSError as error:
-        if error.errno is not None and error.strerror and error.errno in _REFUSALS:
+        if error.errno == errno.EROFS:
+            raise SensorConfigError(
+                f"driver {driver!r}: {path} is read-only for this process; under systemd the unit has to say "
+                "ProtectKernelTunables=false (docs/sensors.md)"
+            ) from error
+        if error.errno in _REFUSALS:
             raise SensorConfigError(
                 f"driver {driver!r}: {path} refuses {text!r} ({error.strerror}); choose another value"
             ) from error
         raise SensorError(f"driver {driver!r}: {path} cannot be written now: {error}") from error
 
 
-_REFUSALS = frozenset({22, 34})  # EINVAL, ERANGE
+_REFUSALS = frozenset({errno.EINVAL, errno.ERANGE})
 
 
 def slug(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 import threading
 from pathlib import Path
@@ -74,6 +75,23 @@ def test_the_sampling_frequency_is_written_when_asked_for(root: Path) -> None:
     assert path.read_text().startswith("12.5")
     with pytest.raises(SensorConfigError, match="no such setting"):
         opened(root, device="ads1115", sampling_frequency_hz=10.0)
+
+
+def test_settings_that_the_service_may_not_write_end_with_the_remedy(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd's ProtectKernelTunables mounts /sys read-only: trying again each minute would not help."""
+    real_open = Path.open
+
+    def read_only(self: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        if "+" in mode:
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+        return real_open(self, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    sensor = create({"device": "accel-base", "sampling_frequency_hz": 4, "root": str(root)})
+    with pytest.raises(SensorConfigError, match=r"sampling_frequency is read-only.*ProtectKernelTunables=false"):
+        sensor.open()
 
 
 def test_what_is_missing_is_named_with_what_is_there(root: Path) -> None:
