@@ -39,6 +39,12 @@ def import_(
     source: Annotated[
         str | None, typer.Option("--source", metavar="TEXT", help="Where the labels come from; else the file's name.")
     ] = None,
+    allow_unknown: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unknown", help="Take labels of a stream or device, too, that the lake has nothing of yet."
+        ),
+    ] = False,
     lake: Lake = None,
     data: Data = None,
     json: Json = False,
@@ -50,12 +56,15 @@ def import_(
     logs.configure(quiet=True)
     with extras.imports("gateway", "headwater label"):
         from headwater.lake_access import opened_store
+        from lake.label_targets import check_targets
         from lake.labels import UNITS_US, Columns, import_labels, read_file
 
     if unit not in UNITS_US:
         raise ConfigurationError(f"--unit {unit!r} is none of {', '.join(UNITS_US)}")
     rows = read_file(file, stream, Columns(**_columns(columns, Columns._fields)), unit, device)
     with opened_store(lake, data, os.environ) as store:
+        if not allow_unknown:
+            check_targets(store, stream, {row["device"] for row in rows})
         done = import_labels(store, rows, source or file.name)
     if json:
         output.say_json(done)

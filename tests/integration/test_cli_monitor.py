@@ -111,12 +111,22 @@ def test_drift_and_late_labels_of_each_device_are_told_and_a_training_is_asked_f
         (("label", "import", "labels.csv", "--stream", STREAM, "--unit", "h"), 2, "--unit 'h'"),
         (("label", "import", "labels.csv", "--stream", STREAM, "--columns", "who=x"), 2, "--columns 'who=x'"),
         (("label", "import", "labels.csv", "--stream", STREAM), 2, "start"),
+        (("label", "import", "good-labels.csv", "--stream", STREAM), 2, "import with --allow-unknown"),
     ],
 )
 def test_what_is_wrong_is_one_line_with_a_remedy(tmp_path, monkeypatch, words, status, said):
     typed = Typed(store_in(tmp_path / "lake"), {}, tmp_path)
     (tmp_path / "labels.csv").write_text("device,begin,end,label\nwatch-1,1,2,run\n")
+    (tmp_path / "good-labels.csv").write_text("device,start,end,label\nwatch-1,1,2,run\n")
     words = tuple(str(tmp_path / word) if word.endswith("labels.csv") else word for word in words)
     found, out, err = typed.run(*words)
     assert (found, out, err.count("\n")) == (status, "", 1)
     assert said in err
+
+
+def test_labels_may_come_before_their_rows_where_that_is_said(tmp_path):
+    typed = Typed(store_in(tmp_path / "lake"), {}, tmp_path)
+    file = tmp_path / "labels.csv"
+    file.write_text("device,start,end,label\nwatch-1,1,2,run\n")
+    imported = typed.json("label", "import", str(file), "--stream", STREAM, "--allow-unknown")
+    assert imported == [{"rows": 1, "added": 1, "known": 0}]

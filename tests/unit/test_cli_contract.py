@@ -56,7 +56,7 @@ CONTRACT = {
     "release retire": "--why --by --keys --lake --data --json",
     "predict": "--stream --since --until --lake --data --json",
     "train watch": "RECIPE --lake --data --work --keys --interval --lease --once --json",
-    "label import": "FILE --stream --columns --device --unit --source --lake --data --json",
+    "label import": "FILE --stream --columns --device --unit --source --allow-unknown --lake --data --json",
     "monitor": "MODEL --since --watch --interval --windows --retrain --lake --data --json",
     "rollout start": (
         "--stages --to --share --bake --max-wait --guard --previous --approval --spec --draft --supersede --why --by "
