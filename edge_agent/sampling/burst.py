@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from edge_agent import compute as pc
 from edge_agent.sampling.settings import Burst
+from edge_agent.sampling.slices import rows_of
 from edge_agent.sampling.triggers import condition
 from edge_agent.sensors.port import Reading, Sample
 
@@ -112,7 +113,7 @@ class BurstMode:
         start = 0
         for active, rows in self._runs(sample):
             for keep, count in self._machine.run(active, rows, self.held_rows):
-                piece = sample if isinstance(sample, Reading) else sample.slice(start, count)
+                piece = sample if isinstance(sample, Reading) else rows_of(sample, start, count)
                 start += count
                 if keep:
                     kept += self._ring
@@ -155,5 +156,5 @@ class BurstMode:
             elif oldest.num_rows <= spare:
                 self.held_rows -= oldest.num_rows
             else:
-                self._ring.appendleft(oldest.slice(spare))
+                self._ring.appendleft(rows_of(oldest, spare, oldest.num_rows - spare))
                 self.held_rows -= spare

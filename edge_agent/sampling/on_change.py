@@ -27,6 +27,7 @@ import pyarrow as pa
 from edge_agent import compute as pc
 from edge_agent.sampling.compare import above, below, is_integer, is_numeric, nan_mask
 from edge_agent.sampling.settings import OnChange, parse_deadband
+from edge_agent.sampling.slices import rows_of
 from edge_agent.sensors.port import Reading, Sample, SensorConfigError
 
 _PAGE_ROWS = 64
@@ -212,5 +213,5 @@ def _rows(batch: pa.RecordBatch, kept: list[int]) -> list[Sample]:
     if not kept:
         return []
     if kept[-1] - kept[0] + 1 == len(kept):
-        return [batch.slice(kept[0], len(kept))]
+        return [rows_of(batch, kept[0], len(kept))]
     return [batch.take(pa.array(kept, type=pa.int64()))]
