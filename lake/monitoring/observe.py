@@ -15,6 +15,7 @@ import numpy.typing as npt
 from lake.monitoring.detector import LIMIT, Baseline, Change, Detector, make_baseline
 from lake.monitoring.drift import Distance, Mixture, compare, ks_noise, psi_noise
 from lake.monitoring.feed import Predictions
+from lake.monitoring.persistence import persistence
 from lake.monitoring.recent import Recent
 from lake.monitoring.reference import SCORE, SPREAD_MARGIN, Reference, mixed, shares_of
 
@@ -247,15 +248,18 @@ class Observer:
         # Neighbours are alike: the first minute of a device is no sample of what it does.
         if count >= max(self._bounds.windows_min, self._bounds.windows_max // 2):
             mixture = _part(mixed(reference, figures.labels), slice(-1, None))
-            distance = compare(mixture, recent.rows.values()["score"][:, None])
-            changes["score"] = _judged([SCORE], distance, reference, reference.spreads[-1:], psi_max, overlap)[0]
+            scores = recent.rows.values()["score"][:, None]
+            alike = np.maximum(overlap, persistence(scores, list(recent.labels)))
+            distance = compare(mixture, scores)
+            changes["score"] = _judged([SCORE], distance, reference, reference.spreads[-1:], psi_max, alike)[0]
         values = recent.values()
         if len(values) >= self._bounds.windows_min and _fits(values, reference):
             shares = shares_of(list(recent.sampled_labels))
             distance = compare(_part(mixed(reference, shares), slice(0, -1)), values[:, :-1])
             # Sampled windows overlap less than neighbours do.
-            apart = max(1.0, overlap * len(values) / max(1, count))
-            found = _judged(reference.names[:-1], distance, reference, reference.spreads[:-1], psi_max, apart)
+            alike = persistence(values[:, :-1], list(recent.sampled_labels))
+            alike = np.maximum(max(1.0, overlap * len(values) / max(1, count)), alike)
+            found = _judged(reference.names[:-1], distance, reference, reference.spreads[:-1], psi_max, alike)
             changes["features"] = tuple(sorted(found, key=lambda one: one.threshold - one.psi)[:TOP])
             changes["drifted_share"] = sum(one.drifted for one in found) / max(1, len(found))
             changes["drifted_share_max"] = min(0.99, max(SHARE_MIN, SHARE_MARGIN * reference.drifted_share))
@@ -281,13 +285,22 @@ def _judged(
     reference: Reference,
     spreads: Float64s,
     psi_max: float,
-    overlap: float,
+    alike: Float64s,
 ) -> list[FeatureDrift]:
+    """Judge features.
+
+    Args:
+        names, distance, spreads: of each feature.
+        reference: of the release.
+        psi_max: of the policy.
+        alike: windows that count as one, by feature.
+    """
     found = []
     for number, name in enumerate(names):
-        sample, training = distance.counted[number] / overlap, reference.windows / overlap
-        threshold = max(psi_max, psi_noise(sample, training), SPREAD_MARGIN * float(spreads[number]))
+        sample, training = distance.counted[number] / alike[number], reference.windows / alike[number]
         psi, ks = float(distance.psi[number]), float(distance.ks[number])
-        drifted = psi > threshold and ks > ks_noise(sample, training)
-        found.append(FeatureDrift(name, psi, ks, threshold, drifted))
+        # However few windows count: where training has seen nothing so far out, chance has no say.
+        psi_chance, ks_chance = (0.0, 0.0) if ks >= 1.0 else (psi_noise(sample, training), ks_noise(sample, training))
+        threshold = max(psi_max, psi_chance, SPREAD_MARGIN * float(spreads[number]))
+        found.append(FeatureDrift(name, psi, ks, threshold, psi > threshold and ks > ks_chance))
     return found
