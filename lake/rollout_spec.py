@@ -17,6 +17,8 @@ STAGES_MAX = 32
 LISTED_MAX = 10_000
 """Devices or tags that one selection may list: they stand in the table as JSON."""
 ROLLOUT_NAME_MAX = 63
+POINTS = 10_000
+"""A device's place among all is drawn from so many (`gateway.rollouts.selection`)."""
 
 Share: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=86_400.0 * 366)]
@@ -53,7 +55,8 @@ class Stage(_Table, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
     """One step: who joins, and what must be true before the next. Who joined in an earlier stage stays."""
 
     percent: Annotated[float, msgspec.Meta(gt=0, le=100)] | None = None
-    """Of the rollout's devices, chosen by hash and counted from 0: 10, 50, 100. Or `tags`, or `devices`."""
+    """Of the rollout's devices that are known when the stage begins, rounded up; chosen by hash and counted from 0: 10,
+    50, 100. Or `tags`, or `devices`."""
     tags: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
     committed_share_min: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9

@@ -11,6 +11,7 @@ follow only what is higher than all they have seen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import pyarrow as pa
 from contract.errors import HeadwaterError
 from lake.errors import UnknownNameError
 from lake.ledger import TIMESTAMP, Ledger, Row, Table
-from lake.rollout_spec import Spec
+from lake.rollout_spec import POINTS, Spec, Stage
 
 PATH = "control/rollouts"
 SCHEMA = pa.schema(
@@ -68,7 +69,8 @@ class EventKind(StrEnum):
     APPROVED = "approved"
     STARTED = "started"
     STAGE_STARTED = "stage_started"
-    """Its `sequence` is that of the orders to the devices that join."""
+    """Its `sequence` is that of the orders to the devices that join. With a percentage `detail` has `below`: the
+    devices whose point (`gateway.rollouts.selection`) is below it join."""
     BAKING = "baking"
     """Enough devices of the stage have committed."""
     STAGE_PASSED = "stage_passed"
@@ -158,6 +160,8 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     stages: tuple[int, ...] = ()
     """`sequence` of each stage that was reached, in their order."""
+    lines: tuple[int, ...] = ()
+    """Of each of them, the point below which devices are in it; 0 where it is no percentage."""
     stage_us: int = 0
     """When the latest stage began; time spent paused is added."""
     baking_us: int | None = None
@@ -252,7 +256,12 @@ def _apply(before: Rollout | None, event: RolloutEvent) -> Rollout | None:
         case EventKind.STAGE_STARTED:
             if len(before.stages) >= len(before.spec.stages):
                 return before
-            changes |= {"stages": (*before.stages, event.sequence), "stage_us": event.at_us, "baking_us": None}
+            changes |= {
+                "stages": (*before.stages, event.sequence),
+                "lines": (*before.lines, _line(before.spec.stages[len(before.stages)], event.detail)),
+                "stage_us": event.at_us,
+                "baking_us": None,
+            }
         case EventKind.BAKING:
             changes["baking_us"] = event.at_us if before.baking_us is None else before.baking_us
         case EventKind.STAGE_PASSED | EventKind.SUCCEEDED:
@@ -276,6 +285,21 @@ def _paused_us(before: Rollout, until_us: int) -> int:
     known_us = max(before.stage_us, before.baking_us or 0)
     began_us = max(before.changed_us, known_us) if until_us >= known_us else before.changed_us
     return max(0, until_us - began_us)
+
+
+class _Begun(msgspec.Struct, frozen=True):
+    below: int | None = None
+
+
+def _line(stage: Stage, detail: str) -> int:
+    """Where a stage's devices end, as its row says; rows of old do not, and mean the share of all points."""
+    if stage.percent is None:
+        return 0
+    try:
+        below = msgspec.json.decode(detail, type=_Begun).below
+    except msgspec.MsgspecError:
+        below = None
+    return math.ceil(stage.percent * (POINTS / 100)) if below is None else below
 
 
 def _created(event: RolloutEvent) -> Rollout | None:

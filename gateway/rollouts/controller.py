@@ -34,7 +34,7 @@ _log = structlog.get_logger()
 
 RETRY_MAX_S = 15.0
 STEPS_MAX = 16
-"""Steps of one rollout at one look: stages without devices pass one after the other."""
+"""Steps of one rollout at one look: a stage whose devices have all committed already passes at once."""
 REST = 9.0
 """Judging devices takes a tenth of the thread's time at most: other threads of the process have batches to commit."""
 HEARD_MAX = 10_000

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from contract.models import FINAL_STATES, DeviceState, ReportedModel, ReportedOrder
-from gateway.rollouts.selection import stage_of
+from gateway.rollouts.selection import Membership, next_percentage, point
 from lake.rollouts import Rollout
 
 REASONS_MAX = 5
@@ -48,7 +48,8 @@ class Standing(StrEnum):
     UNSEEN = "unseen"
     """Was not seen since its stage, the latest, began."""
     EXCUSED = "excused"
-    """Was not seen for so long that nobody waits for it any more. When it returns, it gets the order of that day."""
+    """Was not seen for so long that nobody waits for it any more. When it returns, it gets the order of that day, and
+    is counted again once it has come to an end."""
 
 
 class Tally(msgspec.Struct, kw_only=True):
@@ -68,6 +69,8 @@ class Tally(msgspec.Struct, kw_only=True):
     """What devices report that run another release of the model."""
     orders: list[ReportedOrder] = []
     """Orders of this rollout, as reported."""
+    points: list[int] = []
+    """Of all devices that the rollout is about, where the next stage is a percentage of them."""
     back: Counter[str] = msgspec.field(default_factory=Counter)
     """Devices that have read the order back, by the state they reported for it."""
 
@@ -106,54 +109,62 @@ def went_back(rollout: Rollout, device: DeviceView) -> bool:
     return order is not None and order.rollout == rollout.name and order.sequence == rollout.rollback
 
 
-def standing_of(rollout: Rollout, stage: int, device: DeviceView, *, excusing: bool) -> Standing:
+def standing_of(rollout: Rollout, stage: int, device: DeviceView, *, waited_us: int | None) -> Standing:
     """Where a device of a stage is.
 
     Not seen is who is offline, went offline before the stage began, and has not read the order. A device that read
-    it and then fell silent is never excused: the release may be why.
+    it and then fell silent is never excused: the release may be why. Who comes (back) after the stage has waited long
+    enough stays excused until it has come to an end: while a stage is watched for a day devices come and go, and a
+    release that was good enough to be watched must not be taken back from all because one of them has yet to fetch it.
 
     Args:
         rollout: as of now.
         stage: the first that the device is in.
         device: what is known of it.
-        excusing: whether the latest stage has waited long enough; who was not seen in an earlier one is excused.
+        waited_us: since when the latest stage has waited long enough, wall clock; None while it has not. Who was not
+            seen in an earlier one is excused.
     """
     order = device.order
+    late = waited_us is not None and (device.presence_us or 0) >= waited_us
     if order is None or not took(rollout, device):
+        if late:
+            return Standing.EXCUSED
         latest = stage == rollout.stage
         if device.online is True or (latest and (device.presence_us or 0) >= rollout.stage_us):
             return Standing.WAITING
-        return Standing.UNSEEN if latest and not excusing else Standing.EXCUSED
+        return Standing.UNSEEN if latest and waited_us is None else Standing.EXCUSED
     if order.state is DeviceState.COMMITTED:
         return Standing.COMMITTED
     if order.state in FINAL_STATES and order.state is not DeviceState.SUPERSEDED:
         return Standing.FAILED
-    return Standing.UNDER_WAY
+    return Standing.EXCUSED if late and device.online is True else Standing.UNDER_WAY
 
 
-def tally(rollout: Rollout, devices: Iterable[DeviceView], *, excusing: bool) -> Tally:
+def tally(rollout: Rollout, devices: Iterable[DeviceView], *, waited_us: int | None) -> Tally:
     """Count the devices of the stages that were reached.
 
     Args:
         rollout: as of now.
         devices: all there are.
-        excusing: see `standing_of`.
+        waited_us: see `standing_of`.
     """
     found = Tally()
-    reached, spec = len(rollout.stages), rollout.spec
+    spec, who, drawing = rollout.spec, Membership(rollout), next_percentage(rollout) is not None
     for device in devices:
+        if drawing and who.is_target(device.name, device.tags):
+            found.points.append(point(rollout.name, device.name))
         model = device.model
         if model is not None and (model.active or model.factory) and model.active != spec.version:
             found.others.append(model)
         if device.order is not None and went_back(rollout, device):
             found.back[device.order.state.value] += 1
-        stage = stage_of(rollout.name, spec, device.name, device.tags, reached)
+        stage = who.stage_of(device.name, device.tags)
         if stage is None:
             if not took(rollout, device):
                 continue
             stage = 0  # it was a member when it took the order, whatever its tags say now
         found.members += 1
-        standing = standing_of(rollout, stage, device, excusing=excusing)
+        standing = standing_of(rollout, stage, device, waited_us=waited_us)
         found.standings[standing] += 1
         if stage == rollout.stage:
             found.joined[standing] += 1

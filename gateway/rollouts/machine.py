@@ -16,7 +16,7 @@ import msgspec
 
 from gateway.rollouts.evidence import DeviceView, Standing, Tally, tally
 from gateway.rollouts.guard import broken
-from gateway.rollouts.selection import by_names
+from gateway.rollouts.selection import line_of
 from lake.rollout_spec import Stage
 from lake.rollouts import EventKind, Rollout, RolloutEvent, RolloutState
 
@@ -33,7 +33,8 @@ def survey(rollout: Rollout, devices: Iterable[DeviceView], now_us: int) -> Tall
         devices: every device that is known, each as it last reported.
         now_us: wall clock, microseconds since 1970-01-01 UTC.
     """
-    return tally(rollout, devices, excusing=bool(rollout.stages) and _waited(rollout, now_us))
+    waited_us = _waited_us(rollout) if rollout.stages else None
+    return tally(rollout, devices, waited_us=None if waited_us is None or now_us < waited_us else waited_us)
 
 
 def decide(rollout: Rollout, found: Tally, now_us: int, who: str) -> list[RolloutEvent]:
@@ -51,7 +52,7 @@ def decide(rollout: Rollout, found: Tally, now_us: int, who: str) -> list[Rollou
     if rollout.state is not RolloutState.RUNNING:
         return []
     if rollout.passed == len(rollout.stages):
-        return [_begin_next(rollout, now_us, who)]
+        return [_begin_next(rollout, found, now_us, who)]
     return _judge(rollout, found, now_us, who)
 
 
@@ -59,9 +60,8 @@ def hindrance(rollout: Rollout, found: Tally) -> str | None:
     """Why the latest stage may not advance, bake time aside; None where it may."""
     stage = rollout.spec.stages[rollout.stage]
     if found.members == 0:
-        # A small percentage of few devices may be none. But of named ones nobody may mean: none was heard of yet.
-        last = len(rollout.stages) == len(rollout.spec.stages)
-        return "no device is in it" if last or by_names(rollout.spec, len(rollout.stages)) else None
+        # A percentage of any devices is one at least; so none was heard of yet.
+        return "no device is in it"
     committed = found[Standing.COMMITTED]
     if committed < _needed(stage, found):
         return (
@@ -76,8 +76,7 @@ def hindrance(rollout: Rollout, found: Tally) -> str | None:
 
 def deadline_us(rollout: Rollout) -> int:
     """When the latest stage must advance, or is aborted; wall clock, microseconds."""
-    stage = rollout.spec.stages[rollout.stage]
-    waited_us = rollout.stage_us + round(stage.max_wait_s * _US)
+    waited_us = _waited_us(rollout)
     return waited_us if rollout.baking_us is None else max(waited_us, _baked_us(rollout))
 
 
@@ -89,14 +88,19 @@ def event(
     return RolloutEvent(now_us, rollout.name, rollout.spec.model, who, kind, why, content)
 
 
-def _begin_next(rollout: Rollout, now_us: int, who: str) -> RolloutEvent:
+def _begin_next(rollout: Rollout, found: Tally, now_us: int, who: str) -> RolloutEvent:
     number = len(rollout.stages)
     stage = rollout.spec.stages[number]
     if rollout.needs_approval(number):
         why = f"stage {number + 1} ({shown_stage(stage)}) begins when somebody approves"
         return event(rollout, EventKind.APPROVAL_ASKED, now_us, who, why, {"stage": number})
     why = f"stage {number + 1} of {len(rollout.spec.stages)}: {shown_stage(stage)}"
-    return event(rollout, EventKind.STAGE_STARTED, now_us, who, why, {"stage": number})
+    detail: dict[str, Any] = {"stage": number}
+    if stage.percent is not None:
+        detail["below"] = line_of(stage.percent, found.points)
+    if found.points:
+        why += f", {sum(at < detail['below'] for at in found.points)} of {len(found.points)} devices"
+    return event(rollout, EventKind.STAGE_STARTED, now_us, who, why, detail)
 
 
 def _judge(rollout: Rollout, found: Tally, now_us: int, who: str) -> list[RolloutEvent]:
@@ -114,16 +118,15 @@ def _judge(rollout: Rollout, found: Tally, now_us: int, who: str) -> list[Rollou
         if now_us < deadline_us(rollout):
             return []
         return _abort(rollout, one, f"stage {rollout.stage + 1} did not advance in {stage.max_wait_s:g} s: {hindered}")
-    if stage.bake_s > 0 and found.members:
+    if stage.bake_s > 0:
         if rollout.baking_us is None:
             return [one(EventKind.BAKING, f"{_shown(found)}; watched for {stage.bake_s:g} s")]
         if now_us < _baked_us(rollout):
             return []
     if len(rollout.stages) == len(rollout.spec.stages):
         return [one(EventKind.SUCCEEDED, f"the last stage passed: {_shown(found)}")]
-    why = _shown(found) if found.members else f"no device falls into {shown_stage(stage)}"
-    passed = one(EventKind.STAGE_PASSED, f"stage {rollout.stage + 1} passed: {why}")
-    return [passed, _begin_next(rollout, now_us, who)]
+    passed = one(EventKind.STAGE_PASSED, f"stage {rollout.stage + 1} passed: {_shown(found)}")
+    return [passed, _begin_next(rollout, found, now_us, who)]
 
 
 def _hopeless(stage: Stage, found: Tally) -> str | None:
@@ -152,8 +155,8 @@ def _abort(rollout: Rollout, one: Callable[[EventKind, str], RolloutEvent], why:
     return [aborted, one(EventKind.ROLLED_BACK, "the rollout was aborted; every device it reached goes back")]
 
 
-def _waited(rollout: Rollout, now_us: int) -> bool:
-    return now_us >= rollout.stage_us + round(rollout.spec.stages[rollout.stage].max_wait_s * _US)
+def _waited_us(rollout: Rollout) -> int:
+    return rollout.stage_us + round(rollout.spec.stages[rollout.stage].max_wait_s * _US)
 
 
 def _baked_us(rollout: Rollout) -> int:

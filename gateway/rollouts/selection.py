@@ -1,14 +1,17 @@
-"""Who is in which stage: a pure function of names, so that every gateway, today and after a restart, says the same."""
+"""Who is in which stage: follows from names and from the rollout's rows, so every gateway, today and after a restart,
+says the same."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
-from lake.rollout_spec import Selection, Spec, Stage
+from lake.rollout_spec import POINTS, Spec, Stage
+from lake.rollouts import Rollout
 
-POINTS = 10_000
-"""A device's place among all is drawn from so many: percentages have two decimals."""
+_ROUNDING = 1e-9
 
 
 def point(rollout: str, device: str) -> int:
@@ -19,28 +22,71 @@ def point(rollout: str, device: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{rollout}/{device}".encode()).digest()[:8], "big") % POINTS
 
 
-def is_target(target: Selection, device: str, tags: Collection[str]) -> bool:
-    """Whether a rollout is about a device at all."""
-    if not target.tags and not target.devices:
-        return True
-    return device in target.devices or any(tag in tags for tag in target.tags)
+def line_of(percent: float, points: Sequence[int]) -> int:
+    """The point below which a device is in a percentage of the devices there are, rounded up: of eight, 10 % is one.
+
+    Args:
+        percent: above 0, at most 100.
+        points: of all devices that the rollout is about, in any order.
+    """
+    if percent >= 100:
+        return POINTS
+    if not points:
+        return math.ceil(percent * (POINTS / 100))
+    return sorted(points)[math.ceil(percent / 100 * len(points) - _ROUNDING) - 1] + 1
 
 
-def stage_of(rollout: str, spec: Spec, device: str, tags: Collection[str], reached: int) -> int | None:
-    """The first of the `reached` stages (counted from 0) that a device is in; None where it is in none of them."""
-    if not reached or not is_target(spec.target, device, tags):
+class _Names(NamedTuple):
+    """As sets: what is listed may be thousands, and every device is looked for."""
+
+    tags: frozenset[str]
+    devices: frozenset[str]
+    line: int = 0
+    """Devices whose point is below it."""
+
+    def has(self, device: str, tags: Collection[str]) -> bool:
+        return device in self.devices or not self.tags.isdisjoint(tags)
+
+
+class Membership:
+    """Who is in the stages that a rollout has reached.
+
+    Args:
+        rollout: as of its latest row.
+    """
+
+    def __init__(self, rollout: Rollout) -> None:
+        spec = rollout.spec
+        self._rollout = rollout.name
+        self._target = _Names(frozenset(spec.target.tags), frozenset(spec.target.devices))
+        self._all = not spec.target.tags and not spec.target.devices
+        self._stages = [
+            _Names(frozenset(stage.tags), frozenset(stage.devices), line)
+            for stage, line in zip(spec.stages, rollout.lines, strict=False)
+        ]
+
+    def is_target(self, device: str, tags: Collection[str]) -> bool:
+        """Whether the rollout is about a device at all."""
+        return self._all or self._target.has(device, tags)
+
+    def stage_of(self, device: str, tags: Collection[str]) -> int | None:
+        """The first of the reached stages (counted from 0) that a device is in; None where it is in none of them."""
+        if not self._stages or not self.is_target(device, tags):
+            return None
+        at: int | None = None
+        for number, stage in enumerate(self._stages):
+            if stage.line and at is None:
+                at = point(self._rollout, device)
+            if (at is not None and at < stage.line) or stage.has(device, tags):
+                return number
         return None
-    at = point(rollout, device)
-    return next((number for number in range(reached) if _joins(spec.stages[number], device, tags, at)), None)
 
 
-def by_names(spec: Spec, reached: int) -> bool:
-    """Whether tags or lists have a say in who is in the `reached` stages."""
-    target = spec.target
-    return bool(target.tags or target.devices) or any(stage.percent is None for stage in spec.stages[:reached])
+def next_percentage(rollout: Rollout) -> float | None:
+    """Of the stage that begins next, where it is a percentage that depends on how many devices there are."""
+    stage = _next(rollout.spec, len(rollout.stages))
+    return stage.percent if stage is not None and stage.percent is not None and stage.percent < 100 else None
 
 
-def _joins(stage: Stage, device: str, tags: Collection[str], at: int) -> bool:
-    if stage.percent is not None:
-        return at < stage.percent * (POINTS / 100)
-    return device in stage.devices or any(tag in tags for tag in stage.tags)
+def _next(spec: Spec, reached: int) -> Stage | None:
+    return spec.stages[reached] if reached < len(spec.stages) else None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from contract.models import FINAL_STATES, DeviceState, ReportedModel, ReportedOrder, Trial
 from gateway.rollouts.evidence import DeviceView, took, went_back
-from gateway.rollouts.selection import stage_of
+from gateway.rollouts.selection import Membership
 from lake.rollouts import Rollout, RolloutBook, RolloutState
 
 _HOLDING = frozenset({RolloutState.PAUSED, RolloutState.ABORTED})
@@ -58,9 +58,11 @@ class Targets:
 
     def __init__(self, book: RolloutBook) -> None:
         self._by_model: dict[str, list[Rollout]] = {}
+        self._members: dict[str, Membership] = {}
         for rollout in sorted(book.rollouts.values(), key=lambda rollout: -rollout.latest):
             if rollout.began:
                 self._by_model.setdefault(rollout.spec.model, []).append(rollout)
+                self._members[rollout.name] = Membership(rollout)
 
     def __bool__(self) -> bool:
         """Whether any device may have an order."""
@@ -78,7 +80,7 @@ class Targets:
         for model, rollouts in self._by_model.items():
             reported = models.get(model)
             view = DeviceView(name, tags, model=reported)
-            order, held = _decided(rollouts, view)
+            order, held = _decided(rollouts, self._members, view)
             withheld |= held
             if order is not None:
                 orders.append(order)
@@ -105,11 +107,13 @@ def _is_settled(order: Order, latest: ReportedOrder | None) -> bool:
     return latest.state in FINAL_STATES and latest.state is not DeviceState.REJECTED
 
 
-def _decided(rollouts: Sequence[Rollout], device: DeviceView) -> tuple[Order | None, bool]:
+def _decided(
+    rollouts: Sequence[Rollout], members: Mapping[str, Membership], device: DeviceView
+) -> tuple[Order | None, bool]:
     """The order of the first rollout that has a say, and whether one that holds was passed on the way."""
     withheld = False
     for rollout in rollouts:
-        stage = stage_of(rollout.name, rollout.spec, device.name, device.tags, len(rollout.stages))
+        stage = members[rollout.name].stage_of(device.name, device.tags)
         has_read = took(rollout, device)
         if rollout.rollback is not None:
             if has_read or went_back(rollout, device) or _still_runs(rollout, stage, device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ import msgspec
 import pyarrow as pa
 
 from contract.messages import Assignments, decode
-from contract.models import Assignment, DeviceState
+from contract.models import FINAL_STATES, Assignment, DeviceState, ReportedOrder
 from gateway.devices import Device
 from gateway.rollouts import evidence, machine, selection
 from gateway.rollouts.actions import Action, Person, act, create
@@ -373,6 +374,9 @@ class World:
     ) -> None:
         """A stage advances only with enough commits and a guard that holds, counted here by hand."""
         rollout = book.rollouts[name]
+        for event in events:
+            if event.event is EventKind.STAGE_STARTED:
+                self.check_line(rollout, devices, event)
         if not {event.event for event in events} & {EventKind.STAGE_PASSED, EventKind.SUCCEEDED}:
             return
         stage = rollout.spec.stages[rollout.stage]
@@ -381,19 +385,27 @@ class World:
         for device in devices:
             order = device.order
             mine = order is not None and order.rollout == name and order.version == rollout.spec.version
-            if self.belongs(rollout.name, rollout.spec, reached, device.name, device.tags) or mine:
+            if self.belongs(rollout, reached, device.name, device.tags) or mine:
                 members.append((device, order if mine else None))
         if not members:
             return
         committed = sum(order is not None and order.state is DeviceState.COMMITTED for _, order in members)
-        waited = self.now_us >= rollout.stage_us + stage.max_wait_s * S
-        excused = sum(
-            order is None and not device.online and (waited or not self.joined_now(rollout, device))
-            for device, order in members
-        )
+        waited_us = rollout.stage_us + stage.max_wait_s * S
+        waited = self.now_us >= waited_us
+
+        def is_excused(device: evidence.DeviceView, order: ReportedOrder | None) -> bool:
+            if waited and (device.presence_us or 0) >= waited_us:
+                return order is None or (bool(device.online) and order.state not in FINAL_STATES)
+            return order is None and not device.online and (waited or not self.joined_now(rollout, device))
+
+        excused = sum(is_excused(device, order) for device, order in members)
         if committed < max(1, stage.committed_share_min * (len(members) - excused) - 1e-9):
             raise BrokenPromiseError(f"{name} advanced with {committed} of {len(members)} - {excused} at most")
-        joined = [(device, order) for device, order in members if self.joined_now(rollout, device)]
+        joined = [
+            (device, order)
+            for device, order in members
+            if self.joined_now(rollout, device) and not is_excused(device, order)
+        ]
         if any(order is not None or device.online for device, order in joined) and not any(
             order is not None and order.state is DeviceState.COMMITTED for _, order in joined
         ):
@@ -407,15 +419,29 @@ class World:
 
     def joined_now(self, rollout: Rollout, device: evidence.DeviceView) -> bool:
         earlier = rollout.spec.stages[: rollout.stage]
-        return not self.belongs(rollout.name, rollout.spec, earlier, device.name, device.tags)
+        return not self.belongs(rollout, earlier, device.name, device.tags)
 
     @staticmethod
-    def belongs(rollout: str, spec: Spec, stages: Sequence[Stage], device: str, tags: Sequence[str]) -> bool:
-        if spec.target.tags and not set(spec.target.tags) & set(tags):
+    def belongs(rollout: Rollout, stages: Sequence[Stage], device: str, tags: Sequence[str]) -> bool:
+        target = rollout.spec.target
+        if target.tags and not set(target.tags) & set(tags):
             return False
-        highest = max((stage.percent or 0.0 for stage in stages), default=0.0)
+        highest = max(rollout.lines[: len(stages)], default=0)
         named = {tag for stage in stages for tag in stage.tags}
-        return selection.point(rollout, device) < highest * 100 or bool(named & set(tags))
+        return selection.point(rollout.name, device) < highest or bool(named & set(tags))
+
+    def check_line(self, rollout: Rollout, devices: Sequence[evidence.DeviceView], event: RolloutEvent) -> None:
+        """A percentage holds as many of the devices there are as it says, rounded up."""
+        percent = rollout.spec.stages[len(rollout.stages)].percent
+        target = set(rollout.spec.target.tags)
+        points = [selection.point(rollout.name, d.name) for d in devices if not target or target & set(d.tags)]
+        if percent is None or not points:
+            return
+        below = json.loads(event.detail)["below"]
+        inside = sum(point < below for point in points)
+        ties = max(points.count(point) for point in points)
+        if not 0 <= inside - percent / 100 * len(points) < ties:
+            raise BrokenPromiseError(f"{rollout.name}: {inside} of {len(points)} devices are {percent} %")
 
     def published(self, name: str, payload: bytes) -> None:
         """No device outside the reached stages gets an order, and nobody gets a version nobody rolled out."""
@@ -424,7 +450,7 @@ class World:
             order = msgspec.convert(envelope, Assignment)
             rollout = book.rollouts[order.rollout]
             reached = rollout.spec.stages[: len(rollout.stages)]
-            if not self.belongs(rollout.name, rollout.spec, reached, name, device.tags):
+            if not self.belongs(rollout, reached, name, device.tags):
                 raise BrokenPromiseError(f"{name} is ordered by {rollout.name} to {order.version} outside its stages")
             if order.version == rollout.spec.version and order.sequence not in rollout.stages:
                 raise BrokenPromiseError(f"{name} is ordered {order.version} with sequence {order.sequence}")
@@ -449,9 +475,7 @@ class World:
         members = [
             device
             for device in self.devices.values()
-            if self.belongs(
-                newest.name, newest.spec, newest.spec.stages[: len(newest.stages)], device.name, device.tags
-            )
+            if self.belongs(newest, newest.spec.stages[: len(newest.stages)], device.name, device.tags)
         ]
         for device in members:
             latest = device.read[-1] if device.read else None

@@ -111,12 +111,31 @@ MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     ),
     "nobody of the latest stage need commit": patched(evidence.Tally, "joined_counted", 0),
     "bake time is not waited for": patched(machine, "_baked_us", lambda rollout: 0),
-    "everybody is excused at once": patched(machine, "_waited", lambda rollout, now_us: True),
+    "everybody is excused at once": patched(
+        machine,
+        "tally",
+        lambda rollout, devices, waited_us: evidence.tally(
+            rollout, devices, waited_us=rollout.stage_us if rollout.stages else None
+        ),
+    ),
     "a stage is waited for without end": patched(machine, "deadline_us", lambda rollout: 1 << 62),
     "all stages are reached at once": patched(
-        targets, "stage_of", lambda name, spec, device, tags, reached: 0 if reached else None
+        selection.Membership, "stage_of", lambda self, device, tags: 0 if self._stages else None
     ),
-    "the target is not looked at": patched(selection, "is_target", lambda target, device, tags: True),
+    "the target is not looked at": patched(selection.Membership, "is_target", lambda self, device, tags: True),
+    "a percentage is rounded down": patched(
+        machine,
+        "line_of",
+        lambda percent, points: sorted(points)[int(percent / 100 * len(points)) - 1] + 1 if points else 10_000,
+    ),
+    "who fell silent with the order is excused": patched(
+        evidence,
+        "standing_of",
+        replaced(
+            evidence.standing_of,
+            lambda found: evidence.Standing.EXCUSED if found is evidence.Standing.UNDER_WAY else found,
+        ),
+    ),
     "going back names the same release": patched(targets, "_back", _no_memory_of_the_past),
     "going back leads to nothing": patched(targets, "_before", lambda rollout, rollouts, device: (0, "")),
     "going back twice leads to what was taken back": patched(

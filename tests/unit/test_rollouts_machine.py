@@ -3,10 +3,13 @@
 Mutants tried, each found here: `<` for `<=` at the deadline; a percentage that is not cumulative; failures judged
 before enough have executed; a bake time that starts with the stage; a pause that counts, as bake time or as waiting; a
 silent device excused that had read its order; a canary of nobody that passes; orders handed out while paused; going
-back to what was taken back before; a shadow beside the release that is taken back. Whole histories: `tests/simulation`.
+back to what was taken back before; a shadow beside the release that is taken back; a percentage rounded down; a line
+that moves after its stage began; who comes back after `max_wait_s` waited for. Whole histories: `tests/simulation`.
 """
 
 from __future__ import annotations
+
+import math
 
 import msgspec
 import pytest
@@ -18,11 +21,11 @@ from contract.models import DeviceState, ReportedModel, ReportedOrder, Trial
 from gateway.rollouts.actions import Action, Person, act, create, name_of
 from gateway.rollouts.evidence import DeviceView, Standing
 from gateway.rollouts.guard import broken
-from gateway.rollouts.machine import decide, survey
-from gateway.rollouts.selection import POINTS, is_target, point, stage_of
+from gateway.rollouts.machine import decide, hindrance, survey
+from gateway.rollouts.selection import Membership, line_of, point
 from gateway.rollouts.targets import Targets
 from gateway.rollouts.telling import tally_json
-from lake.rollout_spec import STAGES_MAX, Guard, Selection, Stage, check_spec
+from lake.rollout_spec import POINTS, STAGES_MAX, Guard, Selection, Stage, check_spec
 from lake.rollouts import EventKind, RolloutBook, RolloutEvent, RolloutRefused, RolloutState, fold
 from tests.rollout_devices import MODEL, numbered, sha_of, spec
 
@@ -97,14 +100,27 @@ def one_stage(**changes):
     return table
 
 
+def reaching(order, reached, lines=None, name="r"):
+    """A rollout whose first stages have begun, with the lines that its rows name; else with none named."""
+    table = Table()
+    table.create(order, name)
+    rows = [{} if lines is None or lines[number] is None else {"below": lines[number]} for number in range(reached)]
+    for row in rows:
+        content = msgspec.json.encode(row).decode()
+        table.commit([RolloutEvent(1, name, MODEL, "g", EventKind.STAGE_STARTED, "", content)])
+    return table.rollout(name)
+
+
 names = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,20}", fullmatch=True)
 
 
-@given(names, names, st.lists(st.floats(0.01, 100), min_size=1, max_size=6, unique=True).map(sorted))
+@given(names, names, st.lists(st.floats(0.01, 99.99), min_size=1, max_size=6, unique=True).map(sorted))
 def test_who_is_in_a_stage_stays_in_all_later_ones_and_100_percent_is_everybody(rollout, device, percents):
     stages = (*(Stage(percent=percent) for percent in percents), Stage(percent=100))
     order = spec(stages=stages)
-    found = [stage_of(rollout, order, device, (), reached) for reached in range(len(stages) + 1)]
+    found = [
+        Membership(reaching(order, reached, name=rollout)).stage_of(device, ()) for reached in range(len(stages) + 1)
+    ]
     first = next(number for number, stage in enumerate(found) if stage is not None)
     assert found == [None] * first + [first - 1] * (len(found) - first)
 
@@ -120,17 +136,19 @@ def test_stages_hold_as_many_devices_as_they_say_drawn_anew_by_each_rollout():
 
 def test_targets_are_all_or_those_with_a_tag_or_listed():
     chosen = Selection(tags=("north",), devices=("pi-9",))
-    assert is_target(Selection(), "pi-1", ())
-    assert [is_target(chosen, *who) for who in (("pi-1", ("north", "x")), ("pi-9", ()), ("pi-1", ("south",)))] == [
+    assert Membership(reaching(spec(), 0)).is_target("pi-1", ())
+    of_chosen = Membership(reaching(spec(target=chosen), 0))
+    assert [of_chosen.is_target(*who) for who in (("pi-1", ("north", "x")), ("pi-9", ()), ("pi-1", ("south",)))] == [
         True,
         True,
         False,
     ]
     order = spec(target=chosen, stages=(Stage(tags=("canary",)), Stage(devices=("pi-9",)), Stage(percent=100)))
-    assert stage_of("r", order, "pi-1", ("north", "canary"), 3) == 0
-    assert stage_of("r", order, "pi-9", (), 3) == 1
-    assert stage_of("r", order, "pi-1", ("canary",), 3) is None
-    assert stage_of("r", order, "pi-1", ("north",), 2) is None
+    three, two = (Membership(reaching(order, reached)) for reached in (3, 2))
+    assert three.stage_of("pi-1", ("north", "canary")) == 0
+    assert three.stage_of("pi-9", ()) == 1
+    assert three.stage_of("pi-1", ("canary",)) is None
+    assert two.stage_of("pi-1", ("north",)) is None
 
 
 def test_a_stage_advances_when_enough_of_those_that_can_have_committed():
@@ -170,13 +188,118 @@ def test_nobody_seen_is_no_success():
     assert empty.decide([]) == [EventKind.ABORTED, EventKind.ROLLED_BACK]
 
 
-def test_a_canary_tag_that_nobody_has_yet_is_waited_for_and_a_small_percentage_of_few_devices_is_not():
-    for stage, waits in ((Stage(tags=("canary",), max_wait_s=60), True), (Stage(percent=0.01, max_wait_s=60), False)):
+def test_a_stage_of_nobody_is_waited_for_and_does_not_pass():
+    for stage in (Stage(tags=("canary",), max_wait_s=60), Stage(percent=0.01, max_wait_s=60)):
         table = Table()
         table.create(spec(stages=(stage, Stage(percent=100))))
-        table.decide()
-        found = table.decide([idle("pi-1")])
-        assert found == ([] if waits else [EventKind.STAGE_PASSED, EventKind.STAGE_STARTED])
+        table.decide()  # no device is known
+        found = survey(table.rollout(), [], table.now_us)
+        assert (found.members, table.decide([])) == (0, [])
+        assert hindrance(table.rollout(), found) == "no device is in it"
+        table.now_us += 60 * S
+        assert table.decide([]) == [EventKind.ABORTED, EventKind.ROLLED_BACK]
+
+
+@pytest.mark.parametrize("fleet", [1, 2, 3, 8, 10, 33, 400])
+def test_percentages_are_of_the_devices_there_are_rounded_up_and_never_none(fleet):
+    """10 % of eight was often none, passed at once, and the release went to half of them untried."""
+    table = Table()
+    percents = (10, 50, 99.99, 100)
+    table.create(spec(stages=tuple(Stage(percent=percent, bake_s=0) for percent in percents)))
+    names = [f"pi-{number}" for number in range(fleet)]
+    devices, before = [idle(name) for name in names], set()
+    table.decide(devices)
+    for percent in percents:
+        who = Membership(table.rollout())
+        members = {name for name in names if who.stage_of(name, ()) is not None}
+        assert len(members) == math.ceil(percent / 100 * fleet - 1e-9)
+        assert before <= members
+        before = members
+        devices = [
+            has(name, table.rollout(), DeviceState.COMMITTED) if name in members else idle(name) for name in names
+        ]
+        table.decide(devices)
+    assert table.rollout().state is RolloutState.SUCCEEDED
+    shares = [event.why for event in table.events if event.event is EventKind.STAGE_STARTED]
+    assert shares[0] == f"stage 1 of 4: 10 %, {math.ceil(fleet / 10)} of {fleet} devices"
+
+
+def test_looking_for_a_device_costs_the_same_however_many_are_listed():
+    """Mutant tried: lists that are gone through, once for each device of the fleet."""
+    compared = []
+
+    class Name(str):
+        def __eq__(self, other):
+            compared.append(other)
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    listed = tuple(f"pi-{number}" for number in range(1_000))
+    order = spec(target=Selection(devices=listed), stages=(Stage(devices=listed[500:]), Stage(percent=100)))
+    who = Membership(reaching(order, 2))
+    found = [who.stage_of(Name(f"pi-{number}"), ()) for number in range(2_000)]
+    assert found == [1] * 500 + [0] * 500 + [None] * 1_000
+    assert len(compared) < 5_000
+
+
+def test_who_is_in_a_percentage_is_frozen_when_its_stage_begins():
+    """A device that is new to the fleet joins where its name falls; nobody else moves."""
+    table = Table()
+    table.create(spec(stages=(Stage(percent=10), Stage(percent=100)), target=Selection(tags=("north",))))
+    north, south = ([idle(f"{tag}-{n}", tags=(tag,)) for n in range(20)] for tag in ("north", "south"))
+    table.decide([*north, *south])
+    rollout = table.rollout()
+    first = sorted(north, key=lambda device: point("r", device.name))[:2]
+    who = Membership(rollout)
+    members = {device.name for device in north if who.stage_of(device.name, device.tags) is not None}
+    assert members == {device.name for device in first}, "of those that the rollout is about"
+    line = point("r", first[1].name) + 1
+    assert rollout.lines == (line,)
+    later = [f"late-{n}" for n in range(500)]
+    joined = [name for name in later if who.stage_of(name, ("north",)) is not None]
+    assert joined == [name for name in later if point("r", name) < line]
+    assert [who.stage_of(device.name, device.tags) for device in south] == [None] * 20
+
+
+def test_a_line_is_where_the_row_says_and_rows_of_old_mean_the_share_of_all_points():
+    order = spec(stages=(Stage(percent=10), Stage(tags=("x",)), Stage(percent=50), Stage(percent=100)))
+    assert reaching(order, 4).lines == (1_000, 0, 5_000, 10_000)
+    assert reaching(order, 3, [77, None, 5_001]).lines == (77, 0, 5_001)
+    assert line_of(10, [5]) == 6
+    assert line_of(50, [9, 1, 5, 7]) == 6
+    assert line_of(75, [9, 1, 5, 7]) == 8
+    assert line_of(55, list(range(100))) == 55, "0.55 * 100 is a little more than 55"
+    assert (line_of(100, [3]), line_of(0.01, []), line_of(30, [])) == (POINTS, 1, 3_000)
+
+
+def test_who_comes_back_while_a_stage_is_watched_does_not_end_it():
+    """A bake time of a day is longer than `max_wait_s`: somebody always comes back shortly before its end."""
+    table = one_stage(bake_s=1_000.0, max_wait_s=60.0, committed_share_min=0.9)
+    rollout = table.rollout()
+    good = [has(f"pi-{n}", rollout, DeviceState.COMMITTED) for n in range(7)]
+    away = [idle(f"away-{n}", online=False) for n in range(3)]
+    table.now_us += 60 * S
+    assert table.decide([*good, *away]) == [EventKind.BAKING]
+    table.now_us += 1_000 * S
+    back_us = table.now_us - 1 * S
+    returned = [
+        idle("away-0", presence_us=back_us),
+        has("away-1", rollout, DeviceState.DOWNLOADING)._replace(presence_us=back_us),
+        idle("away-2", online=False, presence_us=back_us),
+    ]
+    found = survey(table.rollout(), [*good, *returned], table.now_us)
+    assert (found[Standing.COMMITTED], found[Standing.EXCUSED]) == (7, 3)
+    # But what they come to counts, and so does who read the order and fell silent, or was there all the time.
+    for device, standing in (
+        (has("away-1", rollout, DeviceState.FAILED)._replace(presence_us=back_us), Standing.FAILED),
+        (has("away-1", rollout, DeviceState.COMMITTED)._replace(presence_us=back_us), Standing.COMMITTED),
+        (has("away-1", rollout, DeviceState.TRIAL, online=False)._replace(presence_us=back_us), Standing.UNDER_WAY),
+        (has("away-1", rollout, DeviceState.TRIAL), Standing.UNDER_WAY),
+        (idle("away-1"), Standing.WAITING),
+    ):
+        assert survey(table.rollout(), [device], table.now_us)[standing] == 1, standing
+    assert table.decide([*good, *returned]) == [EventKind.SUCCEEDED]
 
 
 def test_failures_abort_after_enough_have_executed_or_when_success_is_out_of_reach():
