@@ -11,6 +11,7 @@ import os
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ REQUEST_BYTES_MAX = 1024
 ANSWER_BYTES_MAX = 4 * 1024 * 1024
 CLIENT_TIMEOUT_S = 5.0
 BACKLOG_MAX = 8
+ACCEPT_PAUSE_S = 1.0
 _MODE = 0o660
 _PATH_BYTES_MAX = 107  # sun_path of unix(7), less its final zero
 
@@ -59,6 +61,7 @@ class StatusServer:
         self._path, self._answers = path, answers
         self._listener = _listen(path)
         self._waker, self._wakee = socket.socketpair()
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="status", daemon=True)
 
     def start(self) -> None:
@@ -67,6 +70,7 @@ class StatusServer:
 
     def stop(self) -> None:
         """End, and remove the socket."""
+        self._stopping.set()
         self._waker.send(b"x")
         self._thread.join(CLIENT_TIMEOUT_S + 1)
         for sock in (self._listener, self._waker, self._wakee):
@@ -90,6 +94,8 @@ class StatusServer:
                     client, _ = self._listener.accept()
                 except OSError as error:
                     _log.warning("status_accept_failed", error=str(error))
+                    # Out of files, for one. The listener stays ready: asking again at once would spin.
+                    self._stopping.wait(ACCEPT_PAUSE_S)
                     continue
                 with client:
                     self._serve(client)
@@ -97,9 +103,18 @@ class StatusServer:
     def _serve(self, client: socket.socket) -> None:
         client.settimeout(CLIENT_TIMEOUT_S)
         try:
-            client.sendall(msgspec.json.encode(self._answered(_read_line(client, REQUEST_BYTES_MAX))) + b"\n")
+            line = _read_line(client, REQUEST_BYTES_MAX, CLIENT_TIMEOUT_S)
+            client.sendall(self._encoded(line) + b"\n")
         except (OSError, ValueError) as error:
             _log.debug("status_client_failed", error=str(error))
+
+    def _encoded(self, line: bytes) -> bytes:
+        try:
+            return msgspec.json.encode(self._answered(line))
+        except Exception as error:  # noqa: BLE001 - a mistake in one answer must not end the answering
+            _log.exception("status_answer_failed")
+            what = f"the agent made a mistake ({type(error).__name__}: {str(error)[:200]}); its log says where"
+            return msgspec.json.encode(_Answer(ok=False, error=what))
 
     def _answered(self, line: bytes) -> _Answer:
         try:
@@ -121,7 +136,7 @@ def fetch(path: Path, ask: str, *, timeout_s: float = CLIENT_TIMEOUT_S) -> Any:
     Args:
         path: its status socket.
         ask: `status`, `buffer` or `metrics`.
-        timeout_s: longest wait for each step.
+        timeout_s: longest wait to be let in, and for the answer.
 
     Returns:
         The answer as JSON decodes it.
@@ -136,7 +151,7 @@ def fetch(path: Path, ask: str, *, timeout_s: float = CLIENT_TIMEOUT_S) -> Any:
             with _address(path) as address:
                 client.connect(address)
             client.sendall(msgspec.json.encode({"ask": ask}) + b"\n")
-            line = _read_line(client, ANSWER_BYTES_MAX)
+            line = _read_line(client, ANSWER_BYTES_MAX, timeout_s)
         except (OSError, ValueError) as error:
             raise AgentNotRunningError(
                 f"no agent answers on {path} ({error}); start it, or give the socket of its configuration"
@@ -169,16 +184,27 @@ def fetch_metrics(path: Path) -> str:
     return str(fetch(path, "metrics"))
 
 
-def _read_line(sock: socket.socket, bytes_max: int) -> bytes:
-    """One line without its end; raises ValueError when it is longer than `bytes_max` or cut."""
+def _read_line(sock: socket.socket, bytes_max: int, timeout_s: float) -> bytes:
+    """One line without its end, all of it within `timeout_s`: whoever sends byte by byte must not hold up the others.
+
+    Raises:
+        ValueError: it is longer than `bytes_max`, or cut.
+        TimeoutError: it took too long.
+    """
+    deadline_s = time.monotonic() + timeout_s
     data = bytearray()
     while not data.endswith(b"\n"):
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("the line took too long")
+        sock.settimeout(left_s)
         chunk = sock.recv(min(65_536, bytes_max + 1 - len(data)))
         if not chunk:
             raise ValueError("the line was cut")
         data += chunk
         if len(data) > bytes_max:
             raise ValueError(f"the line is longer than {bytes_max} bytes")
+    sock.settimeout(timeout_s)
     return bytes(data[:-1])
 
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 def rows_of(batch: pa.RecordBatch, start: int, count: int) -> pa.RecordBatch:
     """Rows `start` … `start + count - 1`.
 
-    Less than half of the rows are copied. A slice would hold the whole block for as long as it waits in a ring, a queue or
-    a batcher, and no bound there would know: one row kept of each block of 4096 held 2000 times of what was counted.
+    Less than half of the rows are copied. A slice would hold the whole block for as long as it waits in a ring, a queue
+    or a batcher, and no bound there would know: one row kept of each block of 4096 held 2000 times what was counted.
     """
     if 2 * count >= batch.num_rows:
         return batch.slice(start, count)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import socket
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,16 @@ from typing import Any
 import pytest
 
 from contract.errors import ConfigurationError, TemporaryError
+from edge_agent import status as status_module
 from edge_agent.status import AgentNotRunningError, StatusServer, fetch, fetch_metrics, fetch_status
 
 
 def failing() -> Any:
     raise TemporaryError("the disk refuses")
+
+
+def mistaken() -> Any:
+    raise KeyError("a mistake")
 
 
 @pytest.fixture
@@ -26,6 +33,8 @@ def path(tmp_path: Path) -> Iterator[Path]:
             "metrics": lambda: "text",
             "buffer": failing,
             "big": lambda: "x" * 10**6,
+            "mistake": mistaken,
+            "no json": lambda: object(),
         },
     )
     server.start()
@@ -44,8 +53,37 @@ def test_what_is_asked_is_answered(path: Path) -> None:
 def test_what_cannot_be_answered_says_why(path: Path) -> None:
     with pytest.raises(TemporaryError, match="the disk refuses"):
         fetch(path, "buffer")
-    with pytest.raises(TemporaryError, match="'weather'; ask one of: status, metrics, buffer, big"):
+    with pytest.raises(TemporaryError, match="'weather'; ask one of: status, metrics, buffer, big, mistake, no json"):
         fetch(path, "weather")
+
+
+@pytest.mark.parametrize("ask", ["mistake", "no json"])
+def test_a_mistake_in_one_answer_does_not_end_the_answering(path: Path, ask: str) -> None:
+    """Mutants tried: only what is foreseen caught; the answer encoded outside."""
+    with pytest.raises(TemporaryError, match=r"the agent made a mistake \((Key|Type)Error"):
+        fetch(path, ask)
+    assert fetch_status(path) == {"device": "pi-1"}
+
+
+def test_a_client_that_sends_byte_by_byte_does_not_hold_up_others(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutants tried: the timeout begun anew with every byte."""
+    monkeypatch.setattr(status_module, "CLIENT_TIMEOUT_S", 0.3)
+    over = threading.Event()
+
+    def trickle() -> None:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            with contextlib.suppress(OSError):
+                while not over.wait(0.05):
+                    client.sendall(b"x")
+
+    slow = threading.Thread(target=trickle)
+    slow.start()
+    try:
+        assert fetch(path, "status", timeout_s=10.0) == {"device": "pi-1"}
+    finally:
+        over.set()
+        slow.join()
 
 
 @pytest.mark.parametrize(
