@@ -407,7 +407,10 @@ def _scored(record: ModelRecord, order: ReportedOrder, assignment: Assignment, e
             f"more than a share of {trial.disagreement_share_max:g}; look at both on this device's readings"
         )
         return _end(record, DeviceState.FAILED, why, now_us)
-    return _enter(record, DeviceState.TRIAL, now_us)
+    # Silence would look like agreement: releases of other windows or fields are never compared.
+    incomparable = not event.compared and trial.disagreement_share_max < 1
+    why = "no window was compared with the active model's: it failed, or takes other windows or fields"
+    return _enter(record, DeviceState.TRIAL, now_us, why if incomparable else "")
 
 
 def _commit(record: ModelRecord, now_us: int) -> Step:

@@ -6,7 +6,7 @@ device that was away for three rollouts gets one order, that of today.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from contract.models import FINAL_STATES, DeviceState, ReportedModel, ReportedOrder, Trial
@@ -62,7 +62,6 @@ class Targets:
         for rollout in sorted(book.rollouts.values(), key=lambda rollout: -rollout.latest):
             if rollout.began:
                 self._by_model.setdefault(rollout.spec.model, []).append(rollout)
-                self._members[rollout.name] = Membership(rollout)
 
     def __bool__(self) -> bool:
         """Whether any device may have an order."""
@@ -80,13 +79,20 @@ class Targets:
         for model, rollouts in self._by_model.items():
             reported = models.get(model)
             view = DeviceView(name, tags, model=reported)
-            order, held = _decided(rollouts, self._members, view)
+            order, held = _decided(rollouts, self._members_of, view)
             withheld |= held
             if order is not None:
                 orders.append(order)
                 lacking |= not _has_read(order, view.order)
                 unsettled |= not _is_settled(order, view.order)
         return Wanted(tuple(orders), lacking, withheld, unsettled) if orders or withheld else NOTHING
+
+    def _members_of(self, rollout: Rollout) -> Membership:
+        """Made when it is asked for: most rollouts of old never are, and they may list thousands."""
+        found = self._members.get(rollout.name)
+        if found is None:
+            found = self._members[rollout.name] = Membership(rollout)
+        return found
 
 
 def _has_read(order: Order, latest: ReportedOrder | None) -> bool:
@@ -108,12 +114,12 @@ def _is_settled(order: Order, latest: ReportedOrder | None) -> bool:
 
 
 def _decided(
-    rollouts: Sequence[Rollout], members: Mapping[str, Membership], device: DeviceView
+    rollouts: Sequence[Rollout], members_of: Callable[[Rollout], Membership], device: DeviceView
 ) -> tuple[Order | None, bool]:
     """The order of the first rollout that has a say, and whether one that holds was passed on the way."""
     withheld = False
     for rollout in rollouts:
-        stage = members[rollout.name].stage_of(device.name, device.tags)
+        stage = members_of(rollout).stage_of(device.name, device.tags)
         has_read = took(rollout, device)
         if rollout.rollback is not None:
             if has_read or went_back(rollout, device) or _still_runs(rollout, stage, device):

@@ -168,6 +168,14 @@ def test_disagreement_is_a_share_of_the_windows_that_both_scored() -> None:
     assert failed.active == release(1)
 
 
+def test_a_shadow_in_which_nothing_could_be_compared_says_so() -> None:
+    record = walked(in_shadow(), Scored(1, 3, 0, 0, 0, 0))
+    assert (record.order.state, record.order.reason[:25]) == (DeviceState.TRIAL, "no window was compared wi")
+    assert walked(in_shadow(), Scored(1, 3, 0, 0, 1, 0)).order.reason == ""
+    unlimited = {"shadow_windows": 3, "trial_windows": 3}
+    assert walked(in_shadow(**unlimited), Scored(1, 3, 0, 0, 0, 0)).order.reason == ""
+
+
 def test_nan_and_failures_end_the_trial() -> None:
     record = walked(in_shadow(), Scored(1, 3, 0, 1, 2, 0))
     assert walked(record, Scored(1, 3, 3, 3, 2, 0)).order.state is DeviceState.FAILED
