@@ -43,6 +43,9 @@ from trainer.windowset import WindowSet
 Outputs = dict[str, Any]
 REPORT = "report.json"
 """A step that raises `DataError` after it wrote this file has its files kept in `<step>.failed`."""
+RECORD_ROOM_BYTES = 256 * 1024
+"""Kept free on the disk while a step runs."""
+_ROOM_FILE = ".room"
 
 
 @dataclass(frozen=True)
@@ -226,13 +229,18 @@ def _run(context: StepContext, step: Step, record: Callable[[Outputs, dict[str, 
     failed = context.work / f"{step.name}.failed"
     try:
         draft_folder(context.into)
+        # What is given to the lake cannot be taken back: the record that will name it must find room.
+        room = context.into / _ROOM_FILE
+        room.write_bytes(bytes(RECORD_ROOM_BYTES))
         try:
             # Through JSON at once, so that a later step sees the same whether it runs in this process or the next.
             outputs = msgspec.json.decode(msgspec.json.encode(_load(step.function)(context)))
         except DataError:
             if (context.into / REPORT).exists():
+                remove(room)
                 publish(context.into, failed)
             raise
+        remove(room)
         files = {name: StepFile(*found) for name, found in hashed_files(context.into).items()}
         done = record(outputs, files)
         remove(record_path(context.work, step.name))

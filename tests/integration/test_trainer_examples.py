@@ -71,6 +71,6 @@ def test_the_machine_example_knows_the_four_failures(tmp_path: Path) -> None:
     failing = dataset.labels == "failure"
     stretches = np.flatnonzero(np.diff(failing.astype(int)) == 1)
     assert len(stretches) == 4
-    began = [str(moment)[:10] for moment in dataset.ends_us[stretches + 1].astype("datetime64[us]")]
+    began = [str(moment)[:10] for moment in dataset.starts_us[stretches + 1].astype("datetime64[us]")]
     assert began == ["2013-12-10", "2013-12-15", "2014-01-27", "2014-02-07"]
     assert dataset.ends_us[split.train].max() < dataset.starts_us[split.test].min()

@@ -123,6 +123,7 @@ def test_every_step_says_that_the_disk_is_full_and_runs_when_there_is_room(tmp_p
         assert "No space left" in done.stderr, (step, done.stderr)
         assert not (train.work / f"{step}.json").exists()
         assert not (train.work / step).exists()
+        assert Releases(train.store).look().releases == {}  # a step that failed has published nothing, nowhere
         filler.unlink()
         done = train(step)
         assert done.returncode == Exit.OK, (step, done.stderr)

@@ -196,6 +196,33 @@ def test_a_full_disk_is_told_with_the_remedy_and_leaves_nothing(context: StepCon
     assert contents(context.work) == {}
 
 
+def greedy(context: StepContext) -> Mapping[str, Any]:
+    """Would give something to the lake; at that moment the record's room is on the disk."""
+    CALLS.append(str(sum(path.stat().st_size for path in context.into.iterdir())))
+    return {}
+
+
+def test_a_step_begins_only_where_its_record_will_find_room(
+    context: StepContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = FIRST._replace(function=f"{HERE}:greedy")
+    whole = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if len(data) > 1_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(DiskFullError, match="make room there"):
+            run_step(context, step)
+    assert CALLS == []
+    assert run_step(context, step).record.files == {}
+    assert [str(steps.RECORD_ROOM_BYTES)] == CALLS
+    assert set(contents(context.work)) == {"first.json"}
+
+
 class Killed(BaseException):
     """The power is gone."""
 
