@@ -18,11 +18,16 @@ import zstandard
 
 from contract.batches import Clock, Envelope, check_envelope, check_rows, check_schema
 from contract.errors import Reason, Rejected
-from contract.limits import ENVELOPE_BYTES_MAX, PROTOCOL_VERSION, SCHEMA_BYTES_MAX, Limits
+from contract.limits import ENVELOPE_BYTES_MAX, ENVELOPE_VERSION, SCHEMA_BYTES_MAX, Limits
 
 SKIPPABLE_MAGIC = 0x184D2A50
 """First of the sixteen magic numbers of zstd skippable frames (RFC 8878, section 3.1.2)."""
 _HEADER = struct.Struct("<II")
+_CRC = struct.Struct(">BI")
+_UINT_32 = 0xCE
+"""MessagePack: an unsigned integer of four bytes follows."""
+_TEN_MEMBERS = b"\x9a"
+"""MessagePack: an array of ten members follows."""
 
 
 class Sealed(NamedTuple):
@@ -50,6 +55,20 @@ class _WireEnvelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     sent_at_us: int
     clock: _WireClock
     crc32: int
+
+
+class _WireHead(msgspec.Struct, frozen=True, array_like=True):
+    """An envelope but for its checksum."""
+
+    version: int
+    device: str
+    stream: str
+    epoch: bytes
+    seq: int
+    floor: int
+    rows: int
+    sent_at_us: int
+    clock: _WireClock
 
 
 class _WireVersion(msgspec.Struct, frozen=True, array_like=True):
@@ -91,9 +110,9 @@ def seal(envelope: Envelope, body: bytes) -> bytes:
         The payload to publish: a zstd skippable frame holding the envelope in MessagePack, then the body.
     """
     clock = envelope.clock
-    head = _encode_envelope(
-        _WireEnvelope(
-            PROTOCOL_VERSION,
+    written = _encode_envelope(
+        _WireHead(
+            ENVELOPE_VERSION,
             envelope.device,
             envelope.stream,
             bytes.fromhex(envelope.epoch),
@@ -102,32 +121,50 @@ def seal(envelope: Envelope, body: bytes) -> bytes:
             envelope.rows,
             envelope.sent_at_us,
             _WireClock(clock.synced, clock.wall_us, clock.monotonic_us, bytes.fromhex(clock.boot)),
-            envelope.crc32,
         )
     )
-    return b"".join((_HEADER.pack(SKIPPABLE_MAGIC, len(head)), head, body))
+    head = _TEN_MEMBERS + written[1:]
+    crc = _CRC.pack(_UINT_32, zlib.crc32(head, envelope.crc32))
+    return b"".join((_HEADER.pack(SKIPPABLE_MAGIC, len(head) + len(crc)), head, crc, body))
 
 
 def unseal(payload: bytes) -> Sealed:
-    """Take a payload apart: read and check its envelope, verify the body's checksum; the body stays encoded.
+    """Take a payload apart: read and check its envelope, verify the checksum; the body stays encoded.
 
     A payload that passes names its batch beyond doubt. So what `decode_body` then refuses was made wrong by the device:
     sending it again cannot help, and its seq may be stepped over. What is refused here must not be stepped over.
 
     Raises:
-        Rejected: when the payload is not one of protocol v1, its envelope breaks a rule, or its body is not the one the
-            envelope was made for.
+        Rejected: when the payload is not one of the protocol, its envelope breaks a rule, or envelope and body are not
+            as they were sealed.
     """
-    envelope, start = _read_envelope(payload)
-    check_envelope(envelope)
+    wire, start = _read_envelope(payload)
     body = payload[start:]
-    found = zlib.crc32(body)
-    if found != envelope.crc32:
+    crc = found = zlib.crc32(body)
+    if wire.version != 1:
+        head, kind = payload[_HEADER.size : start - _CRC.size], payload[start - _CRC.size]
+        if kind != _UINT_32:
+            raise Rejected(Reason.BAD_ENVELOPE, f"the checksum begins with {kind:02x}, not ce: write it as uint 32")
+        found = zlib.crc32(head, crc)
+    if found != wire.crc32:
         raise Rejected(
             Reason.CHECKSUM_MISMATCH,
-            f"body of {len(body)} bytes has CRC-32 {found:08x}, its envelope says {envelope.crc32:08x}; "
-            "it was damaged or cut on the way: send it again",
+            f"envelope and body of {len(body)} bytes have CRC-32 {found:08x}, the envelope says {wire.crc32:08x}; "
+            "they were damaged or cut on the way: send them again",
         )
+    clock = wire.clock
+    envelope = Envelope(
+        wire.device,
+        wire.stream,
+        wire.epoch.hex(),
+        wire.seq,
+        wire.floor,
+        wire.rows,
+        wire.sent_at_us,
+        Clock(clock.synced, clock.wall_us, clock.monotonic_us, clock.boot.hex()),
+        crc,
+    )
+    check_envelope(envelope)
     return Sealed(envelope, body)
 
 
@@ -179,7 +216,8 @@ def decode_body(body: bytes, envelope: Envelope, limits: Limits) -> pa.RecordBat
     return batch
 
 
-def _read_envelope(payload: bytes) -> tuple[Envelope, int]:
+def _read_envelope(payload: bytes) -> tuple[_WireEnvelope, int]:
+    """The envelope as it is written, and where the body begins."""
     if len(payload) < _HEADER.size:
         raise Rejected(Reason.NOT_A_PAYLOAD, f"payload of {len(payload)} bytes is too short for an envelope")
     magic, size = _HEADER.unpack_from(payload)
@@ -197,29 +235,14 @@ def _read_envelope(payload: bytes) -> tuple[Envelope, int]:
     head = payload[_HEADER.size : start]
     try:
         version = _decode_version(head).version
-        if version != PROTOCOL_VERSION:
+        if not 1 <= version <= ENVELOPE_VERSION:
             raise Rejected(
                 Reason.UNKNOWN_VERSION,
-                f"protocol version {version}; this gateway speaks version {PROTOCOL_VERSION}: update one side",
+                f"envelope of version {version}; this gateway reads 1 to {ENVELOPE_VERSION}: update one side",
             )
-        wire = _decode_envelope(head)
+        return _decode_envelope(head), start
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Rejected(Reason.BAD_ENVELOPE, f"the envelope cannot be read ({str(error)[:200]})") from error
-    clock = wire.clock
-    return (
-        Envelope(
-            wire.device,
-            wire.stream,
-            wire.epoch.hex(),
-            wire.seq,
-            wire.floor,
-            wire.rows,
-            wire.sent_at_us,
-            Clock(clock.synced, clock.wall_us, clock.monotonic_us, clock.boot.hex()),
-            wire.crc32,
-        ),
-        start,
-    )
 
 
 def _decompress(body: bytes, limits: Limits) -> bytes:

@@ -131,6 +131,34 @@ def valid() -> dict[str, tuple[Envelope, bytes, pa.RecordBatch]]:
     return made
 
 
+def version_1() -> tuple[Envelope, pa.RecordBatch, bytes]:
+    """Envelope, rows and payload of a device that still writes envelopes of version 1."""
+    envelope, body, batch = valid()["acceleration"]
+    return envelope, batch, _framed(_members(envelope, 1, envelope.crc32), body)
+
+
+def _members(envelope: Envelope, version: int, crc: int) -> list[Any]:
+    clock = envelope.clock
+    clocks = [clock.synced, clock.wall_us, clock.monotonic_us, bytes.fromhex(clock.boot)]
+    names = [envelope.device, envelope.stream, bytes.fromhex(envelope.epoch)]
+    return [version, *names, envelope.seq, envelope.floor, envelope.rows, envelope.sent_at_us, clocks, crc]
+
+
+def _framed(members: list[Any], body: bytes) -> bytes:
+    head = msgspec.msgpack.encode(members)
+    return struct.pack("<II", 0x184D2A50, len(head)) + head + body
+
+
+def _with_small_checksum(envelope: Envelope, body: bytes) -> bytes:
+    """A checksum below 2^16, in the three bytes that MessagePack has for it."""
+    for sent_at_us in range(envelope.sent_at_us, envelope.sent_at_us + 1_000_000):
+        members = _members(msgspec.structs.replace(envelope, sent_at_us=sent_at_us), 2, 0)
+        crc = zlib.crc32(msgspec.msgpack.encode(members)[:-1], envelope.crc32)
+        if crc < 2**16:
+            return _framed([*members[:-1], crc], body)
+    raise AssertionError("no checksum is small")
+
+
 def invalid() -> dict[str, tuple[str, bytes]]:
     """Name → reason, payload."""
     envelope, body, _ = valid()["acceleration"]
@@ -147,8 +175,15 @@ def invalid() -> dict[str, tuple[str, bytes]]:
 
     one = pa.array([1], pa.int8())
     head_start = 8
-    version_2 = bytearray(good)
-    version_2[head_start + 1] = 2
+    version_3 = bytearray(good)
+    version_3[head_start + 1] = 3
+
+    def flipped(name: bytes, bit: int) -> bytes:
+        """A bit flipped in a member of the envelope that contains `name`."""
+        data = bytearray(good)
+        data[good.index(name)] ^= bit
+        return bytes(data)
+
     zeros = zstandard.ZstdCompressor(level=19).compress(bytes(65 * 1024 * 1024))
     return {
         "empty": ("not_a_payload", b""),
@@ -156,7 +191,11 @@ def invalid() -> dict[str, tuple[str, bytes]]:
         "envelope_cut": ("not_a_payload", good[:40]),
         "body_cut": ("checksum_mismatch", good[:-1]),
         "bit_flipped": ("checksum_mismatch", good[:-3] + bytes([good[-3] ^ 0x10]) + good[-2:]),
-        "version_2": ("unknown_version", bytes(version_2)),
+        "bit_flipped_in_epoch": ("checksum_mismatch", flipped(bytes.fromhex(EPOCH), 1)),
+        "bit_flipped_in_device": ("checksum_mismatch", flipped(b"pi-1", 1)),
+        "checksum_of_the_body_alone": ("checksum_mismatch", good[: head_start + 1] + b"\x02" + version_1()[2][10:]),
+        "checksum_not_uint_32": ("bad_envelope", _with_small_checksum(envelope, body)),
+        "version_3": ("unknown_version", bytes(version_3)),
         "envelope_not_an_array": ("bad_envelope", struct.pack("<II", 0x184D2A50, 1) + b"\x01" + body),
         "seq_0": ("bad_seq", with_envelope(seq=0)),
         "seq_negative": ("bad_seq", with_envelope(seq=-1)),
@@ -186,8 +225,9 @@ def invalid() -> dict[str, tuple[str, bytes]]:
 def main() -> None:
     """Write every vector anew."""
     VECTORS.mkdir(exist_ok=True)
-    for name, (envelope, body, batch) in valid().items():
-        (VECTORS / f"{name}.payload").write_bytes(seal(envelope, body))
+    payloads = {name: (envelope, batch, seal(envelope, body)) for name, (envelope, body, batch) in valid().items()}
+    for name, (envelope, batch, payload) in (payloads | {"version_1": version_1()}).items():
+        (VECTORS / f"{name}.payload").write_bytes(payload)
         described = {
             "envelope": msgspec.to_builtins(envelope),
             "fields": [[field.name, str(field.type)] for field in batch.schema],

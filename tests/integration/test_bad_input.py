@@ -129,6 +129,24 @@ def flipped(at: float) -> Callable[[str, str], bytes]:
     return make
 
 
+def flipped_envelope(behind_epoch: int) -> Callable[[str, str], bytes]:
+    """One bit flipped in the envelope, so many bytes behind the beginning of the epoch."""
+
+    def make(device: str, stream: str) -> bytes:
+        data = bytearray(good(device, stream))
+        data[data.index(bytes.fromhex(epoch_of(device))) + behind_epoch] ^= 0x02
+        return bytes(data)
+
+    return make
+
+
+def zone_of_noise(device: str, stream: str) -> bytes:
+    """A timestamp whose zone is no text."""
+    column = pa.array([0], pa.timestamp("s", "ZONE"))
+    data = zstandard.decompress(encode_body(pa.record_batch({**NOW, "at": column})))
+    return sealed(device, stream, zstandard.compress(data.replace(b"ZONE", b"\xff\xfe\xfd\xfc")))
+
+
 def named(*names: str) -> pa.RecordBatch:
     arrays = [pa.array([0], TS_TYPE), *(pa.array([1.0]) for _ in names)]
     return pa.RecordBatch.from_arrays(
@@ -166,7 +184,11 @@ CASES = {
     "noise-over-the-limit": Case(lambda d, s: LARGE, Fate.ASIDE, Reason.NOT_A_PAYLOAD),
     "other-device": Case(lambda d, s: good("somebody-else", s), Fate.ASIDE, Reason.TOPIC_MISMATCH),
     "other-stream": Case(lambda d, s: good(d, "elsewhere"), Fate.ASIDE, Reason.TOPIC_MISMATCH),
-    "version-2": Case(envelope_of(version=2), Fate.ASIDE, Reason.UNKNOWN_VERSION),
+    "flip-in-epoch": Case(flipped_envelope(0), Fate.ASIDE, Reason.CHECKSUM_MISMATCH),
+    "flip-in-rows": Case(flipped_envelope(18), Fate.ASIDE, Reason.CHECKSUM_MISMATCH),
+    "version-1": Case(envelope_of(), Fate.TAKEN),
+    "version-3": Case(envelope_of(version=3), Fate.ASIDE, Reason.UNKNOWN_VERSION),
+    "checksum-of-body": Case(envelope_of(version=2, crc32=2**31), Fate.ASIDE, Reason.CHECKSUM_MISMATCH),
     "version-text": Case(envelope_of(version="1"), Fate.ASIDE, Reason.BAD_ENVELOPE),
     "envelope-one-more": Case(envelope_of(more=1), Fate.ASIDE, Reason.BAD_ENVELOPE),
     "epoch-short": Case(envelope_of(epoch=b"short"), Fate.ASIDE, Reason.BAD_ENVELOPE),
@@ -191,6 +213,7 @@ CASES = {
         Fate.STEPPED_OVER,
         Reason.UNSUPPORTED_TYPE,
     ),
+    "zone-of-noise": Case(zone_of_noise, Fate.STEPPED_OVER, Reason.UNSUPPORTED_TYPE),
     "union": Case(of_columns({**NOW, "x": UNIONS}), Fate.STEPPED_OVER, Reason.UNSUPPORTED_TYPE),
     "name-empty": Case(of_batch(named("")), Fate.STEPPED_OVER, Reason.BAD_FIELD_NAME),
     "name-300-bytes": Case(of_batch(named("n" * 300)), Fate.STEPPED_OVER, Reason.BAD_FIELD_NAME),
@@ -198,6 +221,9 @@ CASES = {
     "name-twice": Case(of_batch(named("y", "y")), Fate.STEPPED_OVER, Reason.DUPLICATE_FIELD),
     "name-by-case": Case(of_batch(named("speed", "Speed")), Fate.STEPPED_OVER, Reason.DUPLICATE_FIELD),
     "row-numbers-float": Case(of_batch(named("x", "_row")), Fate.STEPPED_OVER, Reason.BAD_ROW_NUMBERS),
+    "names-like-paths": Case(
+        of_columns({**NOW, "x": pa.array([1.0]), "a": pa.array([{"b": "x"}]), "a.b": pa.array([1])}), Fate.TAKEN
+    ),
     "names-reserved": Case(of_batch(named("x", "date", "_device", "_seq")), Fate.TAKEN),
     "ts-missing": Case(of_columns({"x": pa.array([1.0])}), Fate.STEPPED_OVER, Reason.BAD_TS),
     "ts-null": Case(of_columns(timed(0, None), 2), Fate.STEPPED_OVER, Reason.BAD_TS),
@@ -385,7 +411,7 @@ def test_messages_name_the_thing_the_value_and_a_remedy(aftermath):
         "too_many_fields": ["2001", "split"],
         "payload_too_large": [str(PAYLOAD_BYTES_MAX), "smaller"],
         "topic_mismatch": ["elsewhere", "own topic"],
-        "unknown_version": ["version 2", "update"],
+        "unknown_version": ["version 3", "update"],
     }.items():
         for word in words:
             assert word in by_reason[reason], by_reason[reason]
