@@ -224,7 +224,10 @@ def write_recordings(devices: Sequence[DevicePlan], folder: Path) -> None:
         ConfigurationError: the recordings are not installed, or the folder cannot be written.
     """
     wanted = sorted({device.recording for device in devices if "exercise" in device.streams})
-    todo = [name for name in wanted if not (watch_path(folder, name).exists() and labels_path(folder, name).exists())]
+    try:
+        todo = [name for name in wanted if not all(way(folder, name).exists() for way in (watch_path, labels_path))]
+    except OSError as error:
+        raise ConfigurationError(f"{folder} cannot be read: {error}; choose another --data") from error
     if not todo:
         return
     import pyarrow.parquet as pq

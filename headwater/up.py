@@ -137,6 +137,8 @@ class Stack:
         lake, table = self._lake(specs)
         self.store = lake
         if self.options.models:
+            if specs:
+                self._say("starting store")
             self._supervisor.start(specs, START_TIMEOUT_S)
             specs = []
             self._keys = self._release_keys(lake)
@@ -232,8 +234,11 @@ class Stack:
         """The keys of the lake's releases, made where there are none; None where they are another's."""
         from headwater.key_folder import make_keys
 
-        folder = KeyFolder(self._folder.path / "keys", None)
+        path = self._folder.path / "keys"
+        folder = KeyFolder(path, None)
         try:
+            if path.exists():
+                self._folder.part("keys")  # refuses one that belongs to another user
             make_keys(folder, Store(lake))
         except ConfigurationError as error:
             self.notes.append(f"no models: {error}")

@@ -51,9 +51,23 @@ class DataFolder:
         return self.path / "ports.json"
 
     def part(self, name: str) -> Path:
-        """The folder of one part of the stack, such as `broker`; made if it does not exist."""
+        """The folder of one part of the stack, such as `broker`; made if it does not exist.
+
+        Raises:
+            ConfigurationError: it cannot be made, or nothing may be written there.
+        """
         folder = self.path / name
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"folder {folder} cannot be made: {error}; mend that, or choose another with --data"
+            ) from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            # As after a start by another user, root for one.
+            raise ConfigurationError(
+                f"folder {folder} cannot be written; give it to this user, or choose another with --data"
+            )
         return folder
 
     def log(self, name: str) -> Path:

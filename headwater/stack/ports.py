@@ -125,13 +125,17 @@ class PortBook:
         """What is remembered: name → port.
 
         Raises:
-            ConfigurationError: when the file is not a port book.
+            ConfigurationError: when the file cannot be read, or is not a port book.
         """
         try:
             with self._path.open("rb") as file:
                 data = file.read(BOOK_BYTES_MAX)
         except FileNotFoundError:
             return {}
+        except OSError as error:
+            raise ConfigurationError(
+                f"port book {self._path} cannot be read: {error}; give it to this user, or choose another --data"
+            ) from error
         try:
             ports = msgspec.json.decode(data, type=_Book).ports
         except msgspec.DecodeError as error:

@@ -157,3 +157,17 @@ def test_a_data_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ConfigurationError, match="--data"):
         DataFolder(tmp_path / "file" / "data")
+
+
+def test_a_part_that_cannot_be_made_or_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a start by another user. Mutants tried: the errors of the system as they come (a traceback)."""
+    with DataFolder(tmp_path / "data") as folder:
+        (folder.path / "logs").write_bytes(b"")
+        with pytest.raises(ConfigurationError, match=r"folder .*/logs cannot be made.*--data"):
+            folder.log("store")
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        with pytest.raises(ConfigurationError, match=r"folder .*/broker cannot be written.*--data"):
+            folder.part("broker")
+        folder.ports.mkdir()
+        with pytest.raises(ConfigurationError, match=r"port book .*ports.json cannot be read"):
+            PortBook(folder.ports).read()
