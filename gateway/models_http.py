@@ -27,7 +27,10 @@ from lake.store import Store
 _log = structlog.get_logger()
 
 DOWNLOADS_MAX = 32
-"""At the same time; more are told to come back."""
+"""Of artifacts at the same time; more are told to come back."""
+READINGS_MAX = 32
+"""The same of metadata and manifests: small, and not to wait for the long downloads of others, since without them a
+device cannot even tell whether an order is right."""
 CHUNK_BYTES = 256 * 1024
 """Read from the lake at once: this much memory per download; metadata is read whole, for its hash."""
 SLICE_BYTES = 32 * 1024
@@ -88,7 +91,7 @@ class ModelFiles:
 
     def __init__(self, store: Callable[[], Store], metrics: GatewayMetrics) -> None:
         self._store, self._metrics = store, metrics
-        self._running = 0
+        self._running, self._reading = 0, 0
         metrics.watch("model_downloads", "Downloads of releases under way", lambda: self._running, DOWNLOADS_MAX)
 
     def routes(self) -> list[web.RouteDef]:
@@ -97,17 +100,21 @@ class ModelFiles:
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
         """The handler of `/models/{path}`."""
-        if self._running >= DOWNLOADS_MAX:
-            return _later(f"{DOWNLOADS_MAX} downloads are under way")
-        self._running += 1
+        path = request.match_info["path"]
+        is_artifact = path.startswith("artifacts/")
+        if (self._running >= DOWNLOADS_MAX) if is_artifact else (self._reading >= READINGS_MAX):
+            return _later(f"{DOWNLOADS_MAX if is_artifact else READINGS_MAX} downloads are under way")
+        self._running += is_artifact
+        self._reading += not is_artifact
         try:
-            return await self._serve(request, request.match_info["path"])
+            return await self._serve(request, path)
         except ObjectMissingError:
             raise web.HTTPNotFound from None
         except TemporaryError as error:
             return _later(str(error)[:300])
         finally:
-            self._running -= 1
+            self._running -= is_artifact
+            self._reading -= not is_artifact
 
     async def _serve(self, request: web.Request, path: str) -> web.StreamResponse:
         by_hash = _BY_HASH.fullmatch(path)

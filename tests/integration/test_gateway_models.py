@@ -24,7 +24,7 @@ from structlog.testing import capture_logs
 from contract.models import METADATA_BYTES_MAX
 from gateway import models_http
 from gateway.http import HttpApi, Views
-from gateway.models_http import CHUNK_BYTES, DOWNLOADS_MAX, ModelFiles, Span, Unsatisfiable, parse_range
+from gateway.models_http import CHUNK_BYTES, DOWNLOADS_MAX, READINGS_MAX, ModelFiles, Span, Unsatisfiable, parse_range
 from gateway.resigning import Resigner
 from gateway.settings import HttpSettings, ModelsSettings
 from lake.errors import StoreUnavailableError
@@ -194,6 +194,8 @@ class SlowStore:
     def __init__(self, store: Store) -> None:
         self._store = store
         self.gate = threading.Event()
+        self.held = "models/"
+        """What waits at the gate."""
         self.reads = 0
         self.failing = False
 
@@ -203,7 +205,8 @@ class SlowStore:
     def get_range(self, path: str, start: int, length: int) -> bytes:
         self.reads += 1
         assert length <= max(CHUNK_BYTES, METADATA_BYTES_MAX)
-        self.gate.wait(10)
+        if path.startswith(self.held):
+            self.gate.wait(10)
         if self.failing:
             raise StoreUnavailableError("cannot read")
         return self._store.get_range(path, start, length)
@@ -217,10 +220,27 @@ async def test_downloads_beyond_the_bound_come_back_later(world: World) -> None:
             await asyncio.sleep(0.01)
         refused = await client.get(path)
         assert (refused.status, refused.headers["Retry-After"]) == (503, "2")
+        store.held = "models/artifacts/"
+        for small in ("metadata/timestamp.json", "metadata/1.root.json"):
+            assert (await client.get(f"/models/{small}")).status == 200, "who downloads for hours holds up no order"
         assert (await refused.json())["error"]["code"] == "busy"
         store.gate.set()
         assert [len(await (await one).read()) for one in running] == [len(BIG)] * DOWNLOADS_MAX
         assert (await client.get(path)).status == 200
+
+
+async def test_readers_of_metadata_have_a_bound_of_their_own(world: World) -> None:
+    path, store = artifact_of(world, BIG), SlowStore(world.store)
+    store.held = "models/metadata/"
+    async with Gateway(store).client() as client:
+        running = [asyncio.ensure_future(client.get("/models/metadata/timestamp.json")) for _ in range(READINGS_MAX)]
+        while store.reads < READINGS_MAX:
+            await asyncio.sleep(0.01)
+        assert (await client.get("/models/metadata/1.root.json")).status == 503
+        assert await (await client.get(path)).read() == BIG
+        store.gate.set()
+        assert {(await one).status for one in running} == {200}
+        assert (await client.get("/models/metadata/1.root.json")).status == 200
 
 
 async def test_a_lake_that_fails_is_told_before_the_first_byte_and_seen_after_it(world: World) -> None:
