@@ -23,6 +23,8 @@ Float32s = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]
 Int64s = npt.NDArray[np.int64]
 Scorer = Callable[[Any, Any, Any], float]
+_OF_NUMBERS = ("r2", "explained_variance", "_error", "_deviance")
+"""Parts of the names of scorers for regression."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,8 +55,13 @@ def find_scorer(metric: str) -> Scorer:
     """A scorer of scikit-learn by its name.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is none, or it is one of regression.
     """
+    if any(part in metric for part in _OF_NUMBERS):
+        raise RecipeError(
+            f"[search] metric = {metric!r} measures how far numbers are apart, and classes are none: it would depend "
+            "on the order of their names; choose such as f1_macro, accuracy, neg_log_loss"
+        )
     try:
         found: Scorer = get_scorer(metric)
     except ValueError as error:

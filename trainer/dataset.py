@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from lake.columns import DEVICE
+from lake.errors import QueryError
 from lake.query import Lake, Pins
 from lake.raw import table_path
 from trainer.errors import DataError, NoSuchStreamError, RecipeError
 from trainer.labels import LabelBook, labels_query, read_labels
 from trainer.profile import DeviceProfile, FieldProfile, Profile, device_figures, field_profiles
-from trainer.recipe import Recipe, SplitRule
+from trainer.recipe import Labels, Recipe, SplitRule
 from trainer.rows import DeviceRows, base_query, check_label_field, field_types, read_devices
 from trainer.steps import Outputs, StepContext
 from trainer.windows import MIXED, UNLABELLED, Int64s, views, window_codes, window_starts
@@ -32,12 +34,14 @@ def pins(context: StepContext) -> dict[str, int]:
 
     Raises:
         NoSuchStreamError: the stream is not in the lake.
-        QueryError, StoreUnavailableError: as `Lake.versions`.
+        RecipeError: a question of the recipe cannot be read, or names what is not there; naming its key.
+        StoreUnavailableError: the store did not answer.
     """
     recipe, lake = context.recipe, context.lake
     found: dict[str, int] = {}
-    for query in _queries(recipe):
-        found |= lake.versions(query)
+    for key, query in _queries(recipe).items():
+        with _of(key):
+            found |= lake.versions(query)
     stream = table_path(recipe.data.stream)
     if stream not in found:
         found |= lake.versions(f'SELECT 1 FROM "{stream}"')
@@ -72,9 +76,9 @@ def step(context: StepContext) -> Outputs:
         pinned = context.pins.get(table_path(recipe.labels.stream)) if recipe.labels.stream else None
         if pinned is not None:
             check_label_field(context.store, recipe.labels, pinned)
-        book = read_labels(
-            context.lake.sql(labels_query(recipe.labels, recipe.data.stream), at=context.pins), recipe.labels
-        )
+        with _of(_label_key(recipe.labels)):
+            answer = context.lake.sql(labels_query(recipe.labels, recipe.data.stream), at=context.pins)
+        book = read_labels(answer, recipe.labels)
     group_of = groups(context.lake, recipe.split, context.pins)
     dtypes = field_types(context.store, recipe.data, context.pins[table_path(recipe.data.stream)])
     cutter = Cutter(recipe, book, group_of)
@@ -114,11 +118,12 @@ def groups(lake: Lake, rule: SplitRule, pinned: Pins) -> Callable[[str], str]:
     """Who must not be on both sides: the function from a device to its group.
 
     Raises:
-        RecipeError: `group_sql` lacks a column.
+        RecipeError: `group_sql` cannot be answered, or lacks a column.
         DataError: it gives one device several groups; later, of the function: it gives a device none.
     """
     if rule.group_sql:
-        answer = lake.sql(rule.group_sql, at=pinned)
+        with _of("[split] group_sql"):
+            answer = lake.sql(rule.group_sql, at=pinned)
         if not {DEVICE, "group"} <= set(answer.column_names):
             raise RecipeError(f"[split] group_sql gives {answer.column_names}; it must give _device and group")
         known: dict[str, Any] = {}
@@ -265,11 +270,28 @@ class Cutter:
         )
 
 
-def _queries(recipe: Recipe) -> list[str]:
-    queries = [base_query(recipe.data)]
-    if recipe.labels is not None:
-        queries.append(labels_query(recipe.labels, recipe.data.stream))
-    return [*queries, *([recipe.split.group_sql] if recipe.split.group_sql else [])]
+def _queries(recipe: Recipe) -> dict[str, str]:
+    """What is asked of the lake, by the key of the recipe that says so."""
+    data, labels, split = recipe.data, recipe.labels, recipe.split
+    queries = {"[data] sql" if data.sql else "[data] stream": base_query(data)}
+    if labels is not None:
+        queries[_label_key(labels)] = labels_query(labels, data.stream)
+    if split.group_sql:
+        queries["[split] group_sql"] = split.group_sql
+    return queries
+
+
+def _label_key(labels: Labels) -> str:
+    return f"[labels] {'sql' if labels.sql else 'stream' if labels.stream else 'table'}"
+
+
+@contextmanager
+def _of(key: str) -> Iterator[None]:
+    """A question that cannot be answered is one of a key of the recipe."""
+    try:
+        yield
+    except QueryError as error:
+        raise RecipeError(f"{key}: {error}") from error
 
 
 def _count(context: StepContext) -> int:

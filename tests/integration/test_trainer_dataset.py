@@ -219,6 +219,8 @@ def test_nan_labels_stop_with_a_report(store: Store, train: Training) -> None:
             RecipeError,
             r"\[search\] metric = 'nope' is no scorer of scikit-learn; choose such as",
         ),
+        ('["x", "y"]', '["x", "y"]\nsql = "SELEC 1"', RecipeError, r"\[data\] sql: the query cannot be read at line 1"),
+        ('stream = "doing"', 'stream = "dooing"', RecipeError, r"\[labels\] stream: .*'dooing'.* it has doing, motion"),
         ("[search]", "[families.extra_trees]\ntrees = 3\n[search]", RecipeError, "extra_trees.*trees.*mend its keys"),
         ("rows = 50", "rows = 5000", DataError, "9600 rows of 8 devices give no window: none has 5000 readings"),
         ('["x", "y"]', '["x", "y"]\ndataset_bytes_max = 9999', DataError, "more than 9999 bytes.*stride"),

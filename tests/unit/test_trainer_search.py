@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import structlog
+from sklearn.metrics import get_scorer_names
 
 from contract.errors import ConfigurationError
 from tests.window_sets import drawn_recipe, drawn_windows
 from trainer import families, search, trials, windowset
-from trainer.candidates import Candidate, judge
+from trainer.candidates import Candidate, find_scorer, judge
 from trainer.errors import DataError, RecipeError, TrainingError
 from trainer.families import FAMILIES, Family, spaces_of
 from trainer.faults import inject, spread
@@ -243,6 +244,20 @@ def test_a_metric_that_does_not_exist_or_fit_is_refused(task: str, metric: str, 
     material, split = prepared(recipe)
     with pytest.raises((RecipeError, TrainingError), match=said):
         search.search(material, split, recipe, 1)
+
+
+def test_scorers_of_regression_are_refused_and_all_of_classes_are_found() -> None:
+    """Over class numbers they would depend on the order of the names."""
+    of_numbers = {"r2", "explained_variance", "d2_absolute_error_score"}
+    of_numbers |= {name for name in get_scorer_names() if name.endswith(("_error", "_deviance"))}
+    assert len(of_numbers) > 10
+    refused = set()
+    for name in get_scorer_names():
+        try:
+            find_scorer(name)
+        except RecipeError:
+            refused.add(name)
+    assert refused == of_numbers
 
 
 def test_a_metric_that_is_not_a_number_is_an_error() -> None:
