@@ -48,7 +48,8 @@ class Catalog:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._lock = threading.Lock()
-        self._handles: dict[str, DeltaTable] = {}
+        self._handles: dict[str, tuple[DeltaTable, str]] = {}
+        """Each with the mark of its version's commit, by which a table that was restored or made again is told."""
 
     def streams(self) -> list[str]:
         """Names of all streams, sorted.
@@ -97,7 +98,10 @@ class Catalog:
                 )
             return None if latest is None else self._at_version(path, at)
         with self._lock:
-            handle = self._handles.pop(path, None)
+            handle, mark = self._handles.pop(path, (None, ""))
+            if handle is not None and mark != self._mark(path, handle):
+                handle = None
+            version = -1 if handle is None else handle.version()
             try:
                 with self._store.translated(f"open table {path}"):
                     if handle is None:
@@ -106,7 +110,10 @@ class Catalog:
                         handle.update_incremental()
             except ObjectMissingError:
                 return None
-            self._handles[path] = handle
+            if handle.version() != version:
+                mark = self._mark(path, handle)
+            if mark:
+                self._handles[path] = handle, mark
             return self._state_of(path, handle)
 
     def files(self, state: TableState) -> pa.Table:
@@ -125,6 +132,9 @@ class Catalog:
 
     def _open(self, path: str, version: int | None = None) -> DeltaTable:
         return DeltaTable(self._store.table_uri(path), version=version, storage_options=self._store.storage_options)
+
+    def _mark(self, path: str, handle: DeltaTable) -> str:
+        return self._store.mark(f"{path}/_delta_log/{handle.version():020d}.json")
 
     def _at_version(self, path: str, version: int) -> TableState:
         with self._store.translated(f"open table {path} at version {version}"):

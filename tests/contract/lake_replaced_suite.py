@@ -5,7 +5,7 @@ still has, and never double one.
 
 Mutants tried, each made a test here fail: a commit that is gone, and one that is another, taken for the one that was
 seen; none taken for the one that was not there either; the columns and the schema objects of before kept; quarantine
-believed to be written.
+believed to be written; the same for who asks (`lake.catalog`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import pytest
 from deltalake import DeltaTable
 
 from contract.names import shard_of
+from lake.errors import UnknownStreamError
 from lake.quarantine import PATH, QuarantineTable
+from lake.query import Lake
 from lake.raw import RawTable
 from lake.rebuild import rebuild_batch
 from lake.store import Store
@@ -126,6 +128,24 @@ class ReplacedTableSuite:
         assert table.version == -1
         bring_in(table, 3)
         assert batches_in(store, "s") == [(A, 3, 3)]
+
+    def test_an_open_lake_answers_from_the_table_that_is_there(self, store: Store) -> None:
+        table, lake = RawTable(store, "s"), Lake(store)
+        bring_in(table, 1)
+        copy = copy_of(store, "raw/s")
+        bring_in(table, 2, content=rows(y=pa.array([1, 2, 3])))
+        assert lake.sql("FROM s").num_rows == 6
+        put_in_place(store, "raw/s", {})
+        with pytest.raises(UnknownStreamError):
+            lake.sql("FROM s")
+        put_in_place(store, "raw/s", copy)
+        assert lake.sql("FROM s").num_rows == 3
+        bring_in(RawTable(store, "s"), 2, content=rows(z=pa.array([1, 2, 3])))
+        assert "z" in lake.sql("FROM s").column_names
+        put_in_place(store, "raw/s", copy)
+        bring_in(RawTable(store, "s"), 2, content=rows(w=pa.array([1, 2, 3])))
+        assert "w" in lake.sql("FROM s").column_names
+        lake.close()
 
     def test_what_is_refused_is_kept_again(self, store: Store) -> None:
         table = QuarantineTable(store)
