@@ -268,6 +268,8 @@ class Recorder:
             self._metrics.batches.labels(batch.stream).inc()
             self._metrics.body_bytes.labels(batch.stream).inc(len(batch.body))
             self._evicted(outcome.evictions)
+            if batch.stream == EVENTS_STREAM and not outcome.stored:
+                self._untell()
             if (batch.stream, outcome.epoch) not in self._known:
                 self._known.add((batch.stream, outcome.epoch))
                 new_lane = True
@@ -297,8 +299,7 @@ class Recorder:
         self._metrics.dropped_rows.labels(batch.stream).inc(batch.rows)
         self._report(Event(Kind.DROPPED, batch.stream, rows=batch.rows, detail={"cause": "buffer_unavailable"}))
         if batch.stream == EVENTS_STREAM:
-            self._telling.difference_update(self._told)
-            self._told = []
+            self._untell()
 
     def _maintain(self) -> None:
         try:
@@ -325,6 +326,11 @@ class Recorder:
             if (epoch.stream, epoch.epoch) not in self._telling:
                 self._telling.add((epoch.stream, epoch.epoch))
                 self._report(Event(Kind.EPOCH_CLOSED, epoch.stream, epoch.epoch, last_seq=epoch.last_seq))
+
+    def _untell(self) -> None:
+        """The batch with the events is gone: they are told again."""
+        self._telling.difference_update(self._told)
+        self._told = []
 
     def _forget_told(self) -> None:
         for stream, epoch in self._told:

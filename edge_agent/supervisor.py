@@ -41,7 +41,9 @@ _log = structlog.get_logger()
 STALL_S = 30.0
 """A recorder or uplink without a round for this long hangs; both make one at least every second."""
 SENSOR_STALL_S = 120.0
-"""A polled sensor whose read has not returned for this long, and for two of its periods, hangs."""
+"""A driver whose `open` has not returned for this long hangs; so does one whose `read` has not, if it is polled."""
+SAVE_AGAIN_S = 10.0
+"""The disk may take a desired document later; the broker brings it only once a connection."""
 STATUS_LINE_S = 10.0
 
 
@@ -120,6 +122,9 @@ class Supervisor:
         self._refused: Refusal | None = None
         self._in_force = {name: in_force(stream, None) for name, stream in settings.streams.items()}
         self._arrived: bytes | None = None
+        self._unsaved: bytes | None = None
+        """A good document that the disk did not take."""
+        self._unsaved_again_s = 0.0
         self._arrived_lock = threading.Lock()
         self._overruns = dict.fromkeys(runners, 0)
         self._failed: set[str] = set()
@@ -172,7 +177,10 @@ class Supervisor:
         now_s = self._clock.monotonic_s()
         with self._arrived_lock:
             arrived, self._arrived = self._arrived, None
+        if arrived is None and now_s >= self._unsaved_again_s:
+            arrived = self._unsaved
         if arrived is not None:
+            self._unsaved = None
             self._take_desired(arrived)
         self._look_at_clock()
         self._look_at_sensors()
@@ -200,11 +208,11 @@ class Supervisor:
                 return worker.thread.name
         for name, runner in self._runners.items():
             status = runner.status()
-            polled = status.state is State.RUNNING and status.rate_hz
-            if polled and status.last_read_ns is not None:
-                silent_s = now_s - status.last_read_ns / 1e9
-                if silent_s > SENSOR_STALL_S + 2 / polled:
-                    return f"sensor-{name}"
+            # One that sets its own pace may wait in `read` for as long as nothing happens.
+            bounded = status.calling != "read" or status.rate_hz is not None
+            since_ns = status.calling_since_ns if bounded else None
+            if since_ns is not None and now_s - since_ns / 1e9 > SENSOR_STALL_S:
+                return f"sensor-{name}"
         return None
 
     def line(self) -> str:
@@ -231,6 +239,7 @@ class Supervisor:
                 self._remote_config.save(verdict.desired)
             except RemoteConfigUnavailableError as error:
                 self._refuse(Refusal(revision=verdict.desired.revision, reason=str(error)))
+                self._unsaved, self._unsaved_again_s = payload, self._clock.monotonic_s() + SAVE_AGAIN_S
                 return
             self._put_in_force(verdict.desired)
             _log.info("config_applied", revision=verdict.desired.revision)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar, cast
 
+import msgspec
 import pyarrow as pa
 import structlog
 
@@ -80,13 +81,14 @@ class SensorLoop:
         self._due_ns = 0
         self._columns: Columns | None = None
         self._mode: Mode | None = None
-        self._status = SamplingStatus(enabled=enabled)
+        self._status = SamplingStatus(enabled=enabled, rate_hz=_rate(sampling))
         self._counts = dict.fromkeys(
             ("reads", "rows_read", "rows_refused", "rows_out", "rows_dropped", "ticks_missed", "errors"), 0
         )
         self._mode_counts = {"bursts": 0, "bursts_cut": 0}
         self._last_error = ""
         self._last_read_ns: int | None = None
+        self._call: tuple[str, int] | None = None
 
     # From any thread.
 
@@ -103,9 +105,12 @@ class SensorLoop:
             self._pending = (self._configured_enabled if enabled is None else enabled, sampling)
 
     def status(self) -> SamplingStatus:
-        """Condition and counters as of the last step."""
+        """Condition and counters as of the last step, and what of the driver runs now."""
         with self._lock:
-            return self._status
+            status, call = self._status, self._call
+        if call is None:
+            return status
+        return msgspec.structs.replace(status, calling=call[0], calling_since_ns=call[1])
 
     # From the sampler's thread.
 
@@ -275,12 +280,15 @@ class SensorLoop:
 
     def _calling(self, what: str, call: Callable[..., Result], *arguments: object) -> Result:
         """Call the driver; whatever a third party's code raises becomes a SensorError."""
+        self._call = (what, self._clock.monotonic_ns())
         try:
             return call(*arguments)
         except HeadwaterError:
             raise
         except Exception as error:
             raise SensorError(f"{what} of the driver raised {type(error).__name__}: {error}") from error
+        finally:
+            self._call = None
 
     def _take_over(self) -> None:
         """Apply what `reconfigure` left."""
@@ -337,6 +345,7 @@ class SensorLoop:
             bursts=bursts,
             bursts_cut=cut,
             last_read_ns=self._last_read_ns,
+            calling="",
             **counts,
         )
         with self._lock:

@@ -55,6 +55,10 @@ class SamplingStatus(msgspec.Struct, frozen=True, kw_only=True):
     bursts_cut: int = 0
     last_read_ns: int | None = None
     """Monotonic clock when a read last returned."""
+    calling: str = ""
+    """What of the driver runs at this moment: `open`, `read`, …; empty between calls."""
+    calling_since_ns: int | None = None
+    """Monotonic clock when it was called."""
 
     @property
     def overruns(self) -> int:

@@ -52,6 +52,7 @@ class Disk(MemoryBuffer):
     def __init__(self, bytes_max: int = 1 << 30) -> None:
         super().__init__({"s": StreamCaps(bytes_max=bytes_max, age_max_s=1e9)}, 1 << 30)
         self.refuses = False
+        self.lets_events_go = False
         self.steps: list[list[str]] = []
         self.goes_on = threading.Event()
         self.goes_on.set()
@@ -61,6 +62,8 @@ class Disk(MemoryBuffer):
         if self.refuses:
             raise BufferUnavailableError("the disk is full; free space")
         self.steps.append([batch.stream for batch in batches])
+        if self.lets_events_go and batches[0].stream == EVENTS_STREAM:
+            return [Appended("00" * 16, 1, False, ()) for _ in batches]
         return super().append_many(batches)
 
 
@@ -147,6 +150,27 @@ def test_an_epoch_that_ends_in_a_hole_is_told_durably_before_it_is_forgotten(ben
     wait_until(lambda: not disk.hollow(), "forgotten")
     told = [event for event in one.told() if event["kind"] == "epoch_closed"]
     assert [(event["stream"], event["epoch"], event["last_seq"]) for event in told] == [("s", old, 2)]
+
+
+def test_an_epoch_that_ends_in_a_hole_is_told_again_where_the_buffer_had_no_room_for_the_event(
+    bench: Callable[..., Bench],
+) -> None:
+    """Mutant tried: forgotten although the event was let go."""
+    disk = Disk(bytes_max=20)
+    clock = SystemClock().read()
+    old = disk.append("s", b"one", 1, clock).epoch
+    disk.append("s", b"more than this stream may have", 1, clock)
+    disk.open_epoch("s")
+    disk.acknowledge("s", old, 1)
+    disk.lets_events_go = True
+    one = bench(disk)
+    wait_until(lambda: [EVENTS_STREAM] in disk.steps, "the event is let go")
+    wait_until(lambda: one.events._windows and all(w.waiting for w in one.events._windows.values()), "reported again")
+    assert disk.hollow() == [Hollow("s", old, 2)]
+    disk.lets_events_go = False
+    one.finish()
+    assert not disk.hollow()
+    assert [event["epoch"] for event in one.told() if event["kind"] == "epoch_closed"] == [old]
 
 
 def test_batches_are_closed_by_rows_and_by_age_and_stored_in_order(bench: Callable[..., Bench]) -> None:

@@ -23,7 +23,7 @@ from edge_agent.remote_config import RemoteConfigFile, RemoteConfigUnavailableEr
 from edge_agent.sampling.settings import Interval
 from edge_agent.sampling.status import SamplingStatus, State
 from edge_agent.settings import AgentSettings, BrokerSettings, StreamSettings
-from edge_agent.supervisor import SENSOR_STALL_S, STALL_S, Supervisor, Worker
+from edge_agent.supervisor import SAVE_AGAIN_S, SENSOR_STALL_S, STALL_S, Supervisor, Worker
 from edge_agent.uplink import Identity, UplinkState
 
 BOOT = "ab" * 16
@@ -226,6 +226,35 @@ def test_what_cannot_be_kept_is_not_put_in_force(bench: Bench, monkeypatch: pyte
     assert (last.refused.revision, last.refused.reason) == (4, "the disk refuses")
 
 
+def test_what_could_not_be_kept_is_put_in_force_when_the_disk_takes_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker brings it once a connection. Mutants tried: forgotten; saved although a newer one came meanwhile."""
+
+    def refuse(_: object) -> None:
+        raise RemoteConfigUnavailableError("the disk refuses")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.file, "save", refuse)
+        bench.desire(4, s={"rate_hz": 2.0})
+        for _ in range(3):
+            bench.supervisor.tick()
+            bench.clock.pass_s(SAVE_AGAIN_S)
+    assert [event.kind for event in bench.told()] == [Kind.CONFIG_REFUSED]
+    bench.supervisor.tick()
+    assert bench.runners["s"].asked == [{"enabled": None, "rate_hz": 2.0}]
+    assert (bench.uplink.documents[-1].revision, bench.uplink.documents[-1].refused) == (4, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.file, "save", refuse)
+        bench.desire(5, s={"rate_hz": 3.0})
+        bench.supervisor.tick()
+    bench.desire(6, s={"rate_hz": 4.0})
+    bench.supervisor.tick()
+    bench.clock.pass_s(SAVE_AGAIN_S)
+    bench.supervisor.tick()
+    assert bench.runners["s"].asked[1:] == [{"enabled": None, "rate_hz": 4.0}]
+
+
 def test_the_same_refusal_is_told_once_however_often_the_document_comes(bench: Bench) -> None:
     for _ in range(3):
         bench.desire(4, nothing={})
@@ -262,13 +291,18 @@ def test_threads_that_died_or_hang_are_named(bench: Bench) -> None:
     assert bench.supervisor.stalled(workers) == "recorder"
     progress_s = bench.clock.now_s
 
-    read_ns = round(bench.clock.now_s * 1e9)
-    bench.runners["s"].condition = SamplingStatus(state=State.RUNNING, rate_hz=0.1, last_read_ns=read_ns)
-    bench.runners["t"].condition = SamplingStatus(state=State.RUNNING, rate_hz=None, last_read_ns=read_ns)
-    bench.clock.pass_s(SENSOR_STALL_S + 19)
+    now_ns = round(bench.clock.now_s * 1e9)
+    calls = {"calling": "read", "calling_since_ns": now_ns}
+    bench.runners["s"].condition = SamplingStatus(state=State.RUNNING, rate_hz=None, **calls)
+    bench.runners["t"].condition = SamplingStatus(state=State.RUNNING, rate_hz=0.0001)
+    bench.clock.pass_s(SENSOR_STALL_S + 1)
     progress_s = bench.clock.now_s
     assert bench.supervisor.stalled(workers) is None
-    bench.clock.pass_s(2)
+    bench.runners["s"].condition = SamplingStatus(state=State.RUNNING, rate_hz=0.0001, **calls)
+    assert bench.supervisor.stalled(workers) == "sensor-s"
+    # Also the first time, and also where the driver sets the pace.
+    opening = {"calling": "open", "calling_since_ns": now_ns}
+    bench.runners["s"].condition = SamplingStatus(state=State.CLOSED, rate_hz=None, **opening)
     assert bench.supervisor.stalled(workers) == "sensor-s"
 
     bench.runners["t"].alive = False

@@ -148,6 +148,22 @@ def test_readings_are_stamped_and_taken_at_the_rate() -> None:
     assert (status.state, status.reads, status.rows_read, status.rows_out) == (State.RUNNING, 5, 4, 4)
 
 
+def test_what_of_the_driver_runs_is_seen_while_it_runs_the_first_time_too() -> None:
+    """A driver that never returns can only be seen from outside. Mutants tried: shown after the step."""
+    seen: list[tuple[str, int | None, float | None]] = []
+
+    def look() -> int:
+        status = rig.loop.status()
+        seen.append((status.calling, status.calling_since_ns, status.rate_hz))
+        return 1
+
+    rig = Rig(ScriptedSensor([look, look]), Interval(rate_hz=2))
+    first_ns = rig.clock.monotonic_ns()
+    rig.steps(2)
+    assert seen == [("read", first_ns, 2.0), ("read", first_ns + 500_000_000, 2.0)]
+    assert (rig.loop.status().calling, rig.loop.status().calling_since_ns) == ("", None)
+
+
 def test_a_slow_reading_costs_ticks_which_are_counted_and_not_caught_up() -> None:
     def slow() -> int:
         rig.clock.s += 3.4
