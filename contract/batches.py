@@ -294,7 +294,9 @@ def _row_bytes(schema: pa.Schema) -> int | None:
 
 def _is_fixed(kind: pa.DataType) -> bool:
     types = pa.types
-    return types.is_null(kind) or types.is_primitive(kind) or types.is_decimal(kind) or types.is_fixed_size_binary(kind)
+    return bool(
+        types.is_null(kind) or types.is_primitive(kind) or types.is_decimal(kind) or types.is_fixed_size_binary(kind)
+    )
 
 
 def _expanded_bytes(array: pa.Array) -> int:
