@@ -367,8 +367,21 @@ def test_selection_leaves_out_what_is_constant_or_a_copy_and_puts_the_best_first
     chosen = rank(features, labels, "importance", 1)
     assert chosen[0] == 3
     assert sorted(chosen.tolist()) == [0, 2, 3, 5]
-    assert rank(features, None, "importance", 1).tolist() == [0, 2, 3, 5]
+    assert sorted(rank(features, None, "importance", 1).tolist()) == [0, 2, 3, 5]
     assert rank(np.ones((5, 2), np.float32), None, "variance", 1).tolist() == [0]
+
+
+def test_without_labels_the_first_features_are_of_all_channels() -> None:
+    """Three channels of four features that say nearly the same of their channel: a share must not take the first two
+    channels and forget the third."""
+    random = np.random.default_rng(3)
+    channels = random.normal(size=(500, 3))
+    features = (np.repeat(channels, 4, axis=1) + 0.2 * random.normal(size=(500, 12))).astype(np.float32)
+    order = rank(features, None, "importance", 1)
+    assert sorted(order.tolist()) == list(range(12))
+    assert sorted(column // 4 for column in order[:3]) == [0, 1, 2]
+    assert [column // 4 for column in rank(features, None, "variance", 1)[:3]] == [0, 0, 0]
+    assert (rank(features, None, "importance", 2) == order).all()
 
 
 def test_selection_never_sees_the_windows_that_judge() -> None:
