@@ -12,7 +12,6 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import msgspec
 import pyarrow as pa
@@ -38,6 +37,7 @@ from gateway.ingress import wall_us
 from gateway.metrics import GatewayMetrics
 from gateway.settings import RegistrySettings
 from gateway.watch import LakeHealth, WatchedThread
+from lake import ledger
 from lake.errors import CommitConflictError
 from lake.ledger import TIMESTAMP, Table
 
@@ -458,26 +458,17 @@ def check_against_report(streams: Mapping[str, DesiredStream], reported: Reporte
 
 def table_of(events: Iterable[DeviceEvent]) -> pa.Table:
     """Rows for `control/devices`."""
-    rows: list[dict[str, Any]] = []
-    for event in events:
-        row = event._asdict()
-        row["at"] = row.pop("at_us")
-        rows.append(row)
-    columns = {name: [row[name] for row in rows] for name in SCHEMA.names}
-    columns["at"] = pa.array(columns["at"], pa.int64()).view(TIMESTAMP)
-    return pa.table(columns, schema=SCHEMA)
+    return ledger.table_of([{"at": event.at_us, **event._asdict()} for event in events], SCHEMA)
 
 
 def events_of(rows: pa.Table) -> list[DeviceEvent]:
     """Rows of `control/devices`; those that name no device, or hold what is no document, are left out."""
-    at = rows.column("at").combine_chunks().view(pa.int64()).to_pylist()
-    columns = {name: rows.column(name).to_pylist() for name in SCHEMA.names if name != "at"}
-    events = []
-    for index, at_us in enumerate(at):
-        event = DeviceEvent(at_us=at_us or 0, **{name: values[index] for name, values in columns.items()})
+    found = []
+    for row in ledger.values_of(rows.select(SCHEMA.names)):
+        event = DeviceEvent(at_us=row.pop("at") or 0, **row)
         if event.device and event.event and _is_document(event.document):
-            events.append(event)
-    return events
+            found.append(event)
+    return found
 
 
 def _is_document(text: str | None) -> bool:

@@ -111,9 +111,13 @@ def table_of(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
 
 def rows_of(table: pa.Table) -> list[Row]:
     """A table as rows, in the order of their `sequence`."""
+    return sorted(values_of(table), key=lambda row: row["sequence"] or 0)
+
+
+def values_of(table: pa.Table) -> list[dict[str, Any]]:
+    """A table as rows, in its own order; times are whole microseconds."""
     columns = {
         name: (column.combine_chunks().view(pa.int64()) if pa.types.is_timestamp(column.type) else column).to_pylist()
         for name, column in zip(table.column_names, table.columns, strict=True)
     }
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return sorted(rows, key=lambda row: row["sequence"] or 0)
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import pyarrow as pa
@@ -32,12 +32,12 @@ from contract.models import (
     manifest_object,
 )
 from lake.errors import CommitConflictError, CorruptLakeError, ObjectMissingError, UnknownNameError
+from lake.ledger import TIMESTAMP, Row, rows_of, table_of
 from lake.store import Store
 from lake.tables import ControlTable
 
 PATH = "control/releases"
 FOLDER = "models"
-TIMESTAMP = pa.timestamp("us", tz="UTC")
 SCHEMA = pa.schema(
     [
         pa.field("at", TIMESTAMP),
@@ -195,7 +195,7 @@ class Releases:
         """
         self._table.refresh()
         if self._table.version != self._book.version:
-            self._book = fold(_events(self._table.read()), self._table.version)
+            self._book = fold(_events(rows_of(self._table.read())), self._table.version)
         return self._book
 
     def put_artifact(self, data: bytes) -> Artifact:
@@ -400,20 +400,16 @@ def _artifact_object(sha256: str) -> str:
 
 
 def _rows(events: Sequence[ReleaseEvent]) -> pa.Table:
-    rows = [event._asdict() for event in events]
-    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in SCHEMA.names if name != "at"}
-    columns["at"] = pa.array([row["at_us"] for row in rows], pa.int64()).view(TIMESTAMP)
-    columns["event"] = [str(event) for event in columns["event"]]
-    return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+    rows = [{"at": event.at_us, **event._asdict(), "event": str(event.event)} for event in events]
+    return table_of(rows, SCHEMA)
 
 
-def _events(rows: pa.Table) -> list[ReleaseEvent]:
+def _events(rows: Iterable[Row]) -> list[ReleaseEvent]:
     """Rows of the table; those that a newer release wrote and this one does not know are left out."""
-    at = rows.column("at").combine_chunks().view(pa.int64()).to_pylist()
     known = {kind.value: kind for kind in ReleaseEventKind}
     return [
         ReleaseEvent(
-            at_us=at_us or 0,
+            at_us=row["at"] or 0,
             event=known[row["event"]],
             model=row["model"],
             version=row["version"],
@@ -423,6 +419,6 @@ def _events(rows: pa.Table) -> list[ReleaseEvent]:
             manifest=row["manifest"],
             sequence=row["sequence"],
         )
-        for at_us, row in zip(at, rows.drop_columns(["at"]).to_pylist(), strict=True)
+        for row in rows
         if row["event"] in known and row["model"] and row["version"] and row["sequence"]
     ]
