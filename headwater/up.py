@@ -224,7 +224,11 @@ class Stack:
         settings = StoreSettings.from_environment(self.options.lake, self.environment)
         require_credentials(settings, self.environment)
         # Ask now: a gateway that cannot write would only be seen as devices that keep their data.
-        Store(settings).probe()
+        try:
+            Store(settings).probe()
+        except TemporaryError as error:
+            at = f" at {settings.endpoint}" if settings.endpoint else ""
+            raise NotReady(f"--lake {settings.url}{at}: {error}; start the store, or name another") from error
         table = {"url": settings.url}
         if settings.endpoint is not None:
             table |= {"endpoint": settings.endpoint, "region": settings.region, "allow_http": settings.allow_http}
@@ -371,6 +375,11 @@ def _ask_agent(socket: Path) -> None:
 
 
 def _ask_broker(url: str) -> None:
+    if "@" in url:
+        raise ConfigurationError(
+            "--broker: `up` gives its devices no username; use a broker that asks for none, or run agents and gateway "
+            "from files of their own (docs/agent.md, docs/gateway.md)"
+        )
     try:
         address = BrokerAddress.parse(url)
     except ValueError as error:

@@ -68,6 +68,8 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
         if parts.scheme == "file":
             if parts.netloc or not parts.path.startswith("/") or parts.query or parts.fragment:
                 raise ConfigurationError(f"lake {self.url!r} is not a folder; write file:///absolute/folder")
+            if not parts.path.strip("/"):
+                raise ConfigurationError(f"lake {self.url!r} is the root of all files; write file:///absolute/folder")
         elif parts.scheme == "s3":
             if not parts.netloc or parts.query or parts.fragment:
                 raise ConfigurationError(f"lake {self.url!r} names no bucket; write s3://bucket/prefix")

@@ -209,7 +209,12 @@ def test_an_external_broker_or_store_that_is_not_there_is_said_before_anything_s
         "up", "--data", str(tmp_path / "b"), "--lake", "s3://bucket/lake", "--devices", "1", **endpoint, **keys
     )
     assert storeless.returncode == 3
-    assert "s3://bucket/lake" in storeless.stderr
+    assert f"--lake s3://bucket/lake at http://127.0.0.1:{port}: " in storeless.stderr
+    assert storeless.stderr.endswith("start the store, or name another\n")
+    login = headwater("up", "--data", str(tmp_path / "c"), "--broker", f"mqtt://ann:secret@127.0.0.1:{port}")
+    assert login.returncode == 2
+    assert "no username" in login.stderr
+    assert "secret" not in login.stderr
     assert "Traceback" not in silent.stderr + storeless.stderr
 
 

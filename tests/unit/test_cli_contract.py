@@ -156,6 +156,7 @@ def test_a_wrong_command_line_is_a_usage_error_on_stderr(capsys: pytest.CaptureF
         (("demo", "--seconds", "nan"), ("--seconds nan", "above 0")),
         (("demo", "--port", "70000"), ("--port 70000", "0 takes a free one")),
         (("lake", "sql", "SELECT 1", "--lake", "ftp://x"), ("ftp://x", "file:///")),
+        (("lake", "streams", "--lake", "file:///"), ("'file:///'", "root of all files")),
         (("lake", "head", "watch", "--lake", "file:///nowhere", "--at", "soon"), ("soon", "ISO 8601")),
         (("lake", "sql", "SELECT 1", "--json", "--format", "csv"), ("--json", "--format csv", "one of the two")),
         (("lake", "streams", "--json", "--format", "json"), ("--json", "--format json")),
