@@ -33,7 +33,8 @@ def line_of(percent: float, points: Sequence[int]) -> int:
         return POINTS
     if not points:
         return math.ceil(percent * (POINTS / 100))
-    return sorted(points)[math.ceil(percent / 100 * len(points) - _ROUNDING) - 1] + 1
+    count = max(1, math.ceil(percent / 100 * len(points) - _ROUNDING))
+    return sorted(points)[count - 1] + 1
 
 
 class _Names(NamedTuple):

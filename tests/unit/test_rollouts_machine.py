@@ -269,6 +269,7 @@ def test_a_line_is_where_the_row_says_and_rows_of_old_mean_the_share_of_all_poin
     assert line_of(10, [5]) == 6
     assert line_of(50, [9, 1, 5, 7]) == 6
     assert line_of(75, [9, 1, 5, 7]) == 8
+    assert line_of(1e-9, [9, 1, 5, 7]) == 2, "one, and not all"
     assert line_of(55, list(range(100))) == 55, "0.55 * 100 is a little more than 55"
     assert (line_of(100, [3]), line_of(0.01, []), line_of(30, [])) == (POINTS, 1, 3_000)
 
