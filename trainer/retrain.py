@@ -26,6 +26,7 @@ from lake.rollouts import PATH as ROLLOUTS_PATH
 from lake.rollouts import SCHEMA as ROLLOUTS_SCHEMA
 from lake.rollouts import RolloutTable
 from lake.tables import ControlTable
+from trainer.approval import approver_of
 from trainer.candidates import find_scorer, metric_of
 from trainer.errors import DataError
 from trainer.export import ONNX_FILE
@@ -33,6 +34,7 @@ from trainer.faults import inject, spread
 from trainer.pipeline import EXPORT, RELEASE, STEPS
 from trainer.runtime import open_session, run_model
 from trainer.steps import StepContext, run_step
+from trainer.tracking import check_installed
 from trainer.windowset import WindowSet
 
 _log = structlog.get_logger()
@@ -199,6 +201,9 @@ class Retrainer:
             return self._outcome(trigger, "failed", str(error))
 
     def _steps(self, context: StepContext, trigger: Trigger, claim: Claim) -> Outcome:
+        # What will not do is told now, not after hours of training.
+        approver_of(context)
+        check_installed()
         for step in STEPS.values():
             if step is RELEASE:
                 break

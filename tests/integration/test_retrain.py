@@ -172,6 +172,17 @@ def test_data_that_cannot_be_trained_on_ends_the_trigger_with_its_reason(tmp_pat
     assert Releases(training.store).look().of_model("walking") == []
 
 
+def test_keys_that_cannot_approve_end_the_trigger_before_anything_is_trained(training: Training) -> None:
+    training.keys.file("targets").unlink()
+    training.ask()
+    outcome = training.retrainer().take()
+    assert outcome is not None
+    assert outcome.outcome == "failed"
+    assert "[policy] approve = true, and the keys in" in outcome.why
+    assert not list((training.folder / "work" / "walking").iterdir())
+    assert training.trigger().event is TriggerEvent.FAILED
+
+
 def test_a_trainer_that_lost_its_claim_releases_nothing(training: Training, monkeypatch) -> None:
     training.ask()
     retrainer = training.retrainer(lease_s=1.0)
