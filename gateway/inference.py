@@ -76,7 +76,7 @@ class Inference:
         found = [
             web.get(INFERENCE_PREFIX, self._answered(self._server)),
             web.get(f"{INFERENCE_PREFIX}/health/live", self._answered(self._live)),
-            web.get(f"{INFERENCE_PREFIX}/health/ready", self._answered(self._ready)),
+            web.get(f"{INFERENCE_PREFIX}/health/ready", self._ready),
         ]
         for path in (
             f"{INFERENCE_PREFIX}/models/{{model}}",
@@ -119,8 +119,21 @@ class Inference:
     async def _live(self, request: web.Request) -> bytes:
         return encode({"live": True})
 
-    async def _ready(self, request: web.Request) -> bytes:
-        return encode({"ready": True})
+    async def _ready(self, request: web.Request) -> web.Response:
+        """Ready is a gateway that can tell which releases there are."""
+
+        def look() -> None:
+            self._cache.look()
+
+        trouble = ""
+        try:
+            await self._bounded(lambda: self._work(look))
+        except TimeoutError:
+            trouble = f"the lake did not answer within {self._settings.timeout_s:g} s; try again later"
+        except HeadwaterError as error:
+            trouble = str(error)
+        body = {"ready": False, "error": trouble} if trouble else {"ready": True}
+        return web.Response(body=encode(body), status=503 if trouble else 200, content_type="application/json")
 
     async def _metadata(self, request: web.Request) -> bytes:
         name, version = _asked(request)

@@ -74,6 +74,14 @@ class ModelCache:
         with self._lock:
             return sum(scorer.manifest.artifact.size for scorer in self._scorers.values())
 
+    def look(self) -> None:
+        """See which releases there are, unless that was done a moment ago.
+
+        Raises:
+            StoreUnavailableError: the lake did not answer.
+        """
+        self._book()
+
     def approved(self, model: str) -> list[Manifest]:
         """Manifests of the approved releases of a model, newest first; never none.
 
