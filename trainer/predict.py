@@ -25,32 +25,25 @@ import numpy as np
 import pyarrow as pa
 
 from contract.errors import ConfigurationError
-from contract.inference import label_names
-from contract.models import Manifest
 from lake.columns import DEVICE, EPOCH, ROW, SEQ
 from lake.duck import identifier, literal
-from lake.predictions import SCHEMA, Lane, PredictionTable
+from lake.predictions import Lane, PredictionTable
 from lake.query import Lake, Pins
 from lake.raw import table_path
-from lake.scoring import Float32s, Scorer, Scores
+from lake.scoring import Scorer
 from lake.store import Store
-from lake.types import STORED_TIMESTAMP
+from trainer.answers import Answers
 from trainer.errors import DataError, NoSuchStreamError
 from trainer.lanes import Cuts, LaneCutter, LaneRows
 from trainer.progress import NOBODY, Progress
 from trainer.rows import as_float32
 
-BATCH_BYTES = 8 * 1024 * 1024
-"""Windows scored at once."""
-BATCH_MAX = 1_024
 ANSWER_BYTES_MAX = 32 * 1024 * 1024
 """Answers in memory before they are committed."""
 COMMIT_ROWS = 2_000_000
 """Rows read before a commit, however few windows they gave."""
 LANES_MAX = 500
 """Of one query."""
-DEADLINE_S = 120.0
-"""For one batch of windows."""
 
 
 class Span(NamedTuple):
@@ -157,7 +150,7 @@ class _Run:
         self.table.refresh()
         self.pins_written = {self.table.path: self.table.version}
         self.rows = self.windows = self.commits = 0
-        self._answers = _Answers(scorer, stream)
+        self._answers = Answers(scorer, stream)
 
     def work(self) -> list[_Work]:
         """The lanes with rows that are not done, by device and epoch."""
@@ -331,87 +324,6 @@ class _Written:
                 self._next = next(self._windows, None)
             fresh[number] = self._next != key
         return fresh
-
-
-class _Answers:
-    """Windows on their way to the model, and what it said, until it is committed."""
-
-    def __init__(self, scorer: Scorer, stream: str) -> None:
-        self._scorer, self._stream = scorer, stream
-        manifest = scorer.manifest
-        window_bytes = 4 * manifest.window.rows * len(manifest.fields)
-        self._batch = max(1, min(BATCH_MAX, BATCH_BYTES // window_bytes))
-        self._windows: list[Float32s] = []
-        self._columns: list[dict[str, Any]] = []
-        self._waiting = 0
-        self._tables: list[pa.Table] = []
-        self.bytes = 0
-        """Of the answers."""
-
-    def add(self, lane: Lane, cuts: Cuts) -> None:
-        """Score windows, as soon as there are enough of them."""
-        for begin in range(0, len(cuts.ends), self._batch):
-            end = min(begin + self._batch, len(cuts.ends))
-            if self._waiting + end - begin > self._batch:
-                self._score()
-            self._windows.append(cuts.windows(begin, end))
-            self._columns.append(_described(lane, cuts, begin, end))
-            self._waiting += end - begin
-
-    def take(self) -> pa.Table:
-        """All answers, in `lake.predictions.SCHEMA`; forget them."""
-        self._score()
-        tables, self._tables, self.bytes = self._tables, [], 0
-        return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-
-    def _score(self) -> None:
-        if not self._windows:
-            return
-        windows = np.concatenate(self._windows)
-        scores = self._scorer.score(windows, DEADLINE_S)
-        columns = {name: np.concatenate([each[name] for each in self._columns]) for name in self._columns[0]}
-        table = _table(self._scorer.manifest, self._stream, columns, scores)
-        self._tables.append(table)
-        self.bytes += table.nbytes
-        self._windows, self._columns, self._waiting = [], [], 0
-
-
-def _described(lane: Lane, cuts: Cuts, begin: int, end: int) -> dict[str, Any]:
-    rows, starts, ends = cuts.rows, cuts.starts[begin:end], cuts.ends[begin:end]
-    return {
-        "device": np.full(end - begin, lane.device, object),
-        "epoch": np.full(end - begin, lane.epoch, object),
-        "window_start": rows.ts_us[starts],
-        "window_end": rows.ts_us[ends],
-        "seq": rows.seq[ends],
-        "row": rows.row[ends],
-        "first_seq": rows.seq[starts],
-        "first_row": rows.row[starts],
-    }
-
-
-def _table(manifest: Manifest, stream: str, columns: dict[str, Any], scores: Scores) -> pa.Table:
-    count = len(scores.nan_count)
-    labels = [""] * count if scores.label is None else label_names(manifest, scores.label.tolist())
-    arrays = {name: pa.array(values) for name, values in columns.items()}
-    for name in ("window_start", "window_end"):
-        arrays[name] = arrays[name].view(STORED_TIMESTAMP)
-    arrays |= {
-        "stream": pa.array([stream] * count, pa.string()),
-        "release": pa.array(np.full(count, manifest.version, np.int32)),
-        "score": pa.array(scores.chosen),
-        "label": pa.array(labels, pa.string()),
-        "nan_count": pa.array(scores.nan_count.astype(np.int32)),
-        "features": _lists(scores.features, count),
-    }
-    return pa.table([arrays[name] for name in SCHEMA.names], schema=SCHEMA)
-
-
-def _lists(features: Float32s | None, count: int) -> pa.Array:
-    if features is None:
-        return pa.nulls(count, pa.list_(pa.float32()))
-    offsets = np.arange(count + 1, dtype=np.int32) * features.shape[1]
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ascontiguousarray(features).ravel()))
 
 
 def _by_lane(batch: pa.RecordBatch) -> Iterator[tuple[Lane, pa.RecordBatch]]:

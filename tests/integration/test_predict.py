@@ -27,6 +27,7 @@ from tests.integration.predict_parts import BASE_US, STREAM, Fleet, in_pieces, o
 from tests.integration.release_parts import release
 from tests.unit import onnx_models
 from tests.unit.inference_parts import body, manifest
+from trainer import answers
 from trainer import predict as module
 from trainer.errors import DataError
 from trainer.predict import ALL_TIME, Span
@@ -185,7 +186,7 @@ def test_a_span_reads_no_batch_behind_the_last_row_of_it(store, fleet, stride):
 def test_small_steps_give_the_same_table(store, fleet, stride, monkeypatch, commit_rows):
     monkeypatch.setattr(module, "COMMIT_ROWS", commit_rows)
     monkeypatch.setattr(module, "LANES_MAX", 1)
-    monkeypatch.setattr(module, "BATCH_MAX", 3)
+    monkeypatch.setattr(answers, "BATCH_MAX", 3)
     monkeypatch.setattr(module, "_by_lane", in_pieces(5))
     fleet.send("pi-1", 1, [7, 13, 30, 2])
     fleet.send("pi-2", 1, [11, 19])
