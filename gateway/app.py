@@ -25,6 +25,7 @@ from gateway.flush import Flusher, FlushPool
 from gateway.http import HttpApi, Views
 from gateway.inference import Inference
 from gateway.ingress import Ingress
+from gateway.intake import Intake
 from gateway.metrics import GatewayMetrics
 from gateway.models import ModelCache
 from gateway.models_http import ModelFiles
@@ -36,6 +37,7 @@ from gateway.resigning import Resigner
 from gateway.rollouts.controller import RolloutController
 from gateway.rollouts.sealing import KeyFile
 from gateway.rollouts_http import RolloutsHttp
+from gateway.session import Session
 from gateway.settings import GatewaySettings, LogSettings
 from gateway.watch import LakeHealth, Trouble, WatchedThread
 from lake.rollouts import RolloutTable
@@ -132,6 +134,7 @@ class Gateway:
         )
         replica = settings.replica_number
         self._control = Link(
+            Session,
             settings.broker,
             "control",
             replica,
@@ -142,7 +145,15 @@ class Gateway:
             rng,
         )
         self._ingress = Link(
-            settings.broker, "ingress", replica, settings.up_filters, ingress.receive, lambda: None, metrics, rng
+            Intake,
+            settings.broker,
+            "ingress",
+            replica,
+            settings.up_filters,
+            ingress.receive,
+            lambda: None,
+            metrics,
+            rng,
         )
         self._monitoring = Monitoring(
             settings.monitoring,

@@ -1,4 +1,7 @@
-"""A lasting connection to the broker over paho-mqtt: connects, subscribes, and after every loss begins anew.
+"""A lasting connection to the broker: connects, subscribes, and after every loss begins anew.
+
+Each connection is an `Attempt`: over paho-mqtt (`gateway.session`), or, where the price of a message counts, over a
+bare socket (`gateway.intake`).
 
 Nothing that matters is kept here: what is on the way when a connection breaks is lost, and sent again by who owns it.
 """
@@ -7,7 +10,6 @@ from __future__ import annotations
 
 import random
 import secrets
-import socket
 import ssl
 import threading
 import time
@@ -15,11 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import structlog
-from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
-from paho.mqtt.reasoncodes import ReasonCode
 
 from contract.backoff import Backoff
 from contract.broker import BrokerAddress
@@ -33,13 +30,13 @@ _log = structlog.get_logger()
 
 UNACKED_MAX = 2_000
 """Publishes on the way to the broker without its answer; beyond, `publish` says no."""
-INFLIGHT_MAX = 10
-"""Publishes of QoS 1 sent without their PUBACK; the others wait inside paho."""
 PACKET_BYTES_MAX = 2 * DEFAULT_LIMITS.payload_bytes_max
 """Larger packets stay with the broker. Twice the limit: what is a little too large arrives, and its refusal is told."""
 STABLE_S = 10.0
 """A connection that lasted this long was a good one: the next attempt begins without backoff."""
-_LOOP_S = 0.5
+NOT_ACCEPTED = "the broker ended the connection before it accepted it; check username, password_file and port"
+NOT_ANSWERED = "the broker took the connection and did not answer; is this an MQTT 5 broker?"
+BROKE = "the connection broke"
 
 
 class MessageHandler(Protocol):
@@ -49,10 +46,56 @@ class MessageHandler(Protocol):
         """One message; `topic` with what is no UTF-8 replaced."""
 
 
+class Attempt(Protocol):
+    """One connection, never used again after it ended."""
+
+    ready: bool
+    """Whether everything is subscribed, and messages arrive and leave."""
+    ready_at_s: float | None
+    """Monotonic time at which it became so."""
+    unacked: int
+    """Publishes on the way to the broker."""
+
+    def run(self, stopping: threading.Event, beat: Callable[[], None]) -> str:
+        """Connect and serve until the connection ends; returns why. Calls `beat` at least once a second."""
+
+    def publish(self, topic: str, payload: bytes, qos: int, retain: bool) -> bool:
+        """Hand over a message; False when there is no room now or the connection is over. Never waits."""
+
+    def close(self, timeout_s: float) -> None:
+        """Wait until the broker has everything; `stopping` is set."""
+
+
+class Owner(Protocol):
+    """Whom a connection tells what happens, in the network thread."""
+
+    def arrived(self, topic: str, payload: bytes) -> None:
+        """A message is here; what is no UTF-8 in its topic is replaced. Raises what its handler raises."""
+
+    def is_ready(self) -> None:
+        """Everything is subscribed."""
+
+    def refused(self, reason: str, *, first: bool) -> None:
+        """The broker answered a publish with a refusal."""
+
+    def stumbled(self, error: BaseException) -> None:
+        """An error of ours or of the library ended the connection."""
+
+
+class Connect(Protocol):
+    """Makes an attempt; nothing is connected yet."""
+
+    def __call__(
+        self, settings: BrokerSettings, address: BrokerAddress, client_id: str, filters: Sequence[str], owner: Owner
+    ) -> Attempt:
+        """An attempt that will subscribe to `filters` with QoS 1."""
+
+
 class Link:
     """One role's connection to the broker, in a thread of its own. `publish` and the properties may be used from any.
 
     Args:
+        connect: makes each attempt.
         settings: where the broker is, and how to prove who we are.
         role: part of the client id, of the thread's name and of metric labels, e.g. `ingress`.
         replica: part of the client id.
@@ -65,6 +108,7 @@ class Link:
 
     def __init__(
         self,
+        connect: Connect,
         settings: BrokerSettings,
         role: str,
         replica: int,
@@ -75,7 +119,7 @@ class Link:
         rng: random.Random,
     ) -> None:
         self.role = role
-        self._settings = settings
+        self._connect, self._settings = connect, settings
         self._address = BrokerAddress.parse(settings.url)
         # A part drawn anew by each process: two of the same replica would throw each other out for ever.
         self._client_id = f"{settings.client_id_prefix}-{replica}-{secrets.token_hex(4)}-{role}"
@@ -83,7 +127,7 @@ class Link:
         self._on_message, self._on_ready = on_message, on_ready
         self._metrics = metrics
         self._backoff = Backoff(settings.reconnect_base_s, settings.reconnect_max_s, rng)
-        self._attempt: _Attempt | None = None
+        self._attempt: Attempt | None = None
         self._stopping = threading.Event()
         self._down_since_s = time.monotonic()
         self._trouble = "not connected yet"
@@ -141,7 +185,8 @@ class Link:
     def _run(self) -> None:
         while not self._stopping.is_set():
             self._metrics.broker_connects.labels(self.role).inc()
-            attempt = self._attempt = _Attempt(self._settings, self._address, self._client_id, self._filters, self)
+            attempt = self._connect(self._settings, self._address, self._client_id, self._filters, self)
+            self._attempt = attempt
             began_s = time.monotonic()
             trouble = attempt.run(self._stopping, self.thread.beat)
             if attempt.ready_at_s is not None:
@@ -159,26 +204,22 @@ class Link:
             self._stopping.wait(self._backoff.next_delay_s())
             self.thread.beat()
 
-    def arrived(self, message: MQTTMessage) -> None:
+    def arrived(self, topic: str, payload: bytes) -> None:
         """For the connection: a message is here."""
-        try:
-            topic = message.topic
-        except UnicodeDecodeError:
-            topic = bytes(message._topic).decode(errors="replace")
-        self._on_message(topic, bytes(message.payload))
+        self._on_message(topic, payload)
 
-    def refused(self, reason: ReasonCode, *, first: bool) -> None:
+    def refused(self, reason: str, *, first: bool) -> None:
         """For the connection: the broker answered a publish with a refusal."""
         self._metrics.publishes_refused.labels(self.role).inc()
         if first:
             _log.error(
                 "publish_refused",
                 role=self.role,
-                reason=str(reason),
+                reason=reason,
                 remedy="allow this gateway to publish hw/v1/ack/+, hw/v1/rewind/+, hw/v1/desired/+, hw/v1/assign/+",
             )
 
-    def stumbled(self, error: Exception) -> None:
+    def stumbled(self, error: BaseException) -> None:
         """For the connection: an error of ours or of the library."""
         self._metrics.faults.labels(f"mqtt-{self.role}").inc()
         _log.error("mqtt_fault", role=self.role, exc_info=error)
@@ -190,170 +231,20 @@ class Link:
         self._on_ready()
 
 
-class _Attempt:
-    """One paho client, one socket; never used again after it ended."""
-
-    def __init__(
-        self, settings: BrokerSettings, address: BrokerAddress, client_id: str, filters: Sequence[str], link: Link
-    ) -> None:
-        self._settings, self._address, self._filters, self._link = settings, address, filters, link
-        self._lock = threading.Condition()
-        self.ready = False
-        self.ready_at_s: float | None = None
-        self.unacked = 0
-        self._closing = False
-        self._connacked = False
-        self._refusal = ""
-        self._told_refusal = False
-        client = Client(
-            CallbackAPIVersion.VERSION2,
-            client_id=client_id,
-            protocol=MQTTProtocolVersion.MQTTv5,
-            reconnect_on_failure=False,
-        )
-        client.on_connect = self._on_connect
-        client.on_subscribe = self._on_subscribe
-        client.on_message = lambda _client, _userdata, message: link.arrived(message)
-        client.on_publish = self._on_publish
-        client.on_disconnect = self._on_disconnect
-        client.on_socket_open = _no_delay
-        # With this callback set, `publish` only queues and rings the network thread; otherwise paho would write to the
-        # socket from the calling thread.
-        client.on_socket_register_write = _leave_it_to_the_loop
-        client.max_queued_messages_set(2 * UNACKED_MAX)
-        self._client = client
-
-    def run(self, stopping: threading.Event, beat: Callable[[], None]) -> str:
-        """Connect and serve until the connection ends; returns why."""
-        client = self._client
-        try:
-            self._connect()
-            began_s = time.monotonic()
-            while client.loop(_LOOP_S) == MQTTErrorCode.MQTT_ERR_SUCCESS:
-                beat()
-                if stopping.is_set() and not self._closing:
-                    client.disconnect()
-                if not self.ready and time.monotonic() - began_s > self._settings.connect_timeout_s:
-                    return "the broker took the connection and did not answer; is this an MQTT 5 broker?"
-        except ConfigurationError as error:
-            return str(error)
-        except ssl.SSLError as error:
-            return f"TLS: {error}; check ca_file, and that the name in url is the server's"
-        except (OSError, ValueError) as error:
-            return f"{type(error).__name__}: {error}"
-        except Exception as error:  # noqa: BLE001 - a packet that paho chokes on costs the connection, not the process
-            self._link.stumbled(error)
-            return f"unexpected {type(error).__name__}: {error}"
-        finally:
-            self._end()
-        return self._refusal or (
-            "the connection broke"
-            if self._connacked
-            else "the broker ended the connection before it accepted it; check username, password_file and port"
-        )
-
-    def publish(self, topic: str, payload: bytes, qos: int, retain: bool) -> bool:
-        """Hand over a message; False when there is no room now or the connection is over."""
-        with self._lock:
-            if not self.ready or self.unacked >= UNACKED_MAX:
-                return False
-            self.unacked += 1
-        if self._client.publish(topic, payload, qos=qos, retain=retain).rc == MQTTErrorCode.MQTT_ERR_SUCCESS:
-            return True
-        self._settle_one()
-        return False
-
-    def close(self, timeout_s: float) -> None:
-        """Wait until the broker has everything, then say goodbye."""
-        with self._lock:
-            self._closing = True
-            self._lock.wait_for(lambda: self.unacked == 0 or not self.ready, timeout_s)
-        self._client.disconnect()
-
-    def _connect(self) -> None:
-        settings, client = self._settings, self._client
-        if settings.username:
-            client.username_pw_set(settings.username, settings.read_password())
-        if self._address.tls:
-            client.tls_set_context(settings.tls_context())
-        client.connect_timeout = settings.connect_timeout_s
-        # paho cannot change this once connected, when the broker has said how many it takes: no broker takes fewer.
-        client.max_inflight_messages_set(INFLIGHT_MAX)
-        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-        properties.MaximumPacketSize = PACKET_BYTES_MAX
-        client.connect(
-            self._address.host, self._address.port, settings.keepalive_s, clean_start=True, properties=properties
-        )
-
-    def _on_connect(
-        self, client: Client, userdata: object, flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
-    ) -> None:
-        if reason.is_failure:
-            self._refusal = f"the broker says: {reason}; check username, password_file and the broker's access rules"
-            client.disconnect()
-            return
-        self._connacked = True
-        if self._filters:
-            client.subscribe([(topic, 1) for topic in self._filters])
-        else:
-            self._become_ready()
-
-    def _on_subscribe(
-        self, client: Client, userdata: object, mid: int, reasons: list[ReasonCode], properties: Properties | None
-    ) -> None:
-        refused = [topic for topic, reason in zip(self._filters, reasons, strict=True) if reason.is_failure]
-        if refused:
-            self._refusal = f"the broker refuses the subscription of {refused[0]}; allow this gateway to read it"
-            client.disconnect()
-        else:
-            self._become_ready()
-
-    def _become_ready(self) -> None:
-        with self._lock:
-            self.ready, self.ready_at_s = True, time.monotonic()
-        self._link.is_ready()
-
-    def _on_publish(
-        self, client: Client, userdata: object, mid: int, reason: ReasonCode, properties: Properties | None
-    ) -> None:
-        # paho holds a lock here that `publish` needs: nothing in this callback may wait.
-        self._settle_one()
-        if reason.is_failure:
-            self._link.refused(reason, first=not self._told_refusal)
-            self._told_refusal = True
-
-    def _on_disconnect(
-        self,
-        client: Client,
-        userdata: object,
-        flags: DisconnectFlags,
-        reason: ReasonCode,
-        properties: Properties | None,
-    ) -> None:
-        if flags.is_disconnect_packet_from_server and not self._refusal:
-            self._refusal = f"the broker says: {reason}"
-        self._end()
-
-    def _settle_one(self) -> None:
-        with self._lock:
-            self.unacked -= 1
-            if self.unacked == 0:
-                self._lock.notify_all()
-
-    def _end(self) -> None:
-        with self._lock:
-            self.ready = False
-            self._lock.notify_all()
-        sock = self._client.socket()
-        if sock is not None:
-            sock.close()
+def why(error: OSError | ValueError | ConfigurationError) -> str:
+    """What kept a connection from being made, and what to do."""
+    if isinstance(error, ConfigurationError):
+        return str(error)
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {error}; check ca_file, and that the name in url is the server's"
+    return f"{type(error).__name__}: {error}"
 
 
-def _no_delay(client: Client, userdata: object, sock: object) -> None:
-    """Small packets leave at once (TCP_NODELAY): an acknowledgement that waits for company delays the next batch."""
-    assert isinstance(sock, socket.socket)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def not_accepted(reason: str) -> str:
+    """What a broker said instead of accepting a connection."""
+    return f"the broker says: {reason}; check username, password_file and the broker's access rules"
 
 
-def _leave_it_to_the_loop(client: Client, userdata: object, sock: object) -> None:
-    """Nothing to do: the network thread sees by itself that there is something to write."""
+def not_granted(topic: str) -> str:
+    """A subscription that was refused."""
+    return f"the broker refuses the subscription of {topic}; allow this gateway to read it"

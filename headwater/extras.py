@@ -10,7 +10,7 @@ from contract.errors import ConfigurationError
 
 MODULES = {
     "edge": ("paho", "prometheus_client", "psutil"),
-    "gateway": ("aiohttp", "deltalake", "duckdb", "numpy", "obstore", "paho", "prometheus_client"),
+    "gateway": ("aiohttp", "deltalake", "duckdb", "mqtt5", "numpy", "obstore", "paho", "prometheus_client"),
     "simulators": ("iotcore", "mqtt5"),
     "trainer": ("matplotlib", "onnx", "optuna", "sklearn", "skl2onnx"),
 }
