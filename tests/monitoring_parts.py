@@ -94,9 +94,11 @@ def release(
 class Device:
     """A device whose predictions a gateway has committed."""
 
-    def __init__(self, store: Store, name: str, version: int = 1, *, start_us: int = NOW_US) -> None:
+    def __init__(
+        self, store: Store, name: str, version: int = 1, *, start_us: int = NOW_US, model: str = MODEL
+    ) -> None:
         self.name, self.version, self.now_us = name, version, start_us
-        self._table = RawTable(store, f"predictions.{MODEL}")
+        self._table = RawTable(store, f"predictions.{model}")
         self._seq = 0
 
     def predict(self, features, scores, labels, *, sampled: int = 1, latency_us: int = 800, nan_count: int = 0) -> None:

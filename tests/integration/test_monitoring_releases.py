@@ -2,18 +2,21 @@
 
 Mutants tried, each made a test here fail: gauges that are only ever set; accuracy of the release that a training would
 replace; schedule and volume counted from the release alone; alerts closed by any gateway; labels joined with the
-latest windows of all devices; NaN taken for a label.
+latest windows of all devices; NaN taken for a label; a connection kept; a bound for each model.
 """
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from contract.batches import TS_TYPE
+from gateway.access import LakeAccess
 from gateway.settings import MonitoringSettings
 from lake.monitoring.triggers import TriggerEvent
+from lake.query import Lake
 from lake.raw import RawTable
 from lake.releases import ReleaseEventKind, Releases
 from tests.integration.watching_parts import HOUR_US, Clock, alerts, figure, fleet, gateway, triggers
@@ -132,6 +135,44 @@ def test_labels_of_one_device_find_their_windows_among_later_ones_of_all(store, 
     # The first window began before the label did.
     assert figure(watching, "model_accuracy", model=MODEL, release="1") == pytest.approx(50 / 99)
     assert figure(watching, "model_label_coverage", model=MODEL, release="1") == pytest.approx(99 / 1_900)
+
+
+def test_what_sql_needs_for_accuracy_is_given_back_at_once(store, world, clock, monkeypatch):
+    release(store, reference(world))
+    fleet(store, world)
+    opened, closed = [], []
+    monkeypatch.setattr(LakeAccess, "open_lake", counting(LakeAccess.open_lake, opened))
+    monkeypatch.setattr(Lake, "close", counting(Lake.close, closed))
+    watching = gateway(store, clock, settings=ACCURATE)
+    watching.look()  # there are no labels yet
+    labelled(store, "watch-1", [(NOW_US, "run"), (NOW_US + 60_000_000, "run")])
+    watching._judged_s = None
+    watching.look()
+    assert figure(watching, "model_accuracy", model=MODEL, release="1") is not None
+    assert len(opened) == len(closed) == 2
+
+
+def counting(method, calls):
+    def counted(self):
+        calls.append(self)
+        return method(self)
+
+    return counted
+
+
+def test_all_models_share_the_bound_of_devices(store, world, clock):
+    release(store, reference(world))
+    releases = Releases(store)
+    other = msgspec.structs.replace(releases.look().get(MODEL).manifest, model="other")
+    releases.publish(other, who="test", why="test")
+    fleet(store, world, count=20)
+    for name in ("pi-1", "pi-2"):
+        Device(store, name, model="other").predict(*world.windows(20))
+    watching = gateway(store, clock, settings=MonitoringSettings(interval_s=3600, devices_max=4))
+    watching.look()
+    assert figure(watching, "monitored") == 4
+    assert figure(watching, "monitoring_forgotten") == 1
+    assert {name: len(watch.observer) for name, watch in watching._watches.items()} == {MODEL: 2, "other": 2}
 
 
 def test_a_label_that_is_no_number_is_none(store, world, clock):
