@@ -40,6 +40,7 @@ CLOSE_BELOW = 0.8
 SILENT_H = 24.0
 """An alert closes after so many hours without a window from its device: nobody can say that it is still so."""
 NAN_SHARE_MAX = 0.5
+COUNTED_MAX = 10_000
 ACCURACY_DROP_MAX = 0.1
 """So much less than in its evaluation a release may be right."""
 
@@ -154,7 +155,8 @@ def judge_accuracy(model: str, found: Accuracy, promised: float, windows_min: in
 
 
 class Hysteresis:
-    """Counts looks in a row. Bounded by forgetting keys that are neither open nor counted."""
+    """Counts looks in a row. Bounded by forgetting what does not matter any more, and beyond `COUNTED_MAX` what was
+    looked at longest ago: a device that is gone in the midst of its count."""
 
     def __init__(self) -> None:
         self._counts: dict[Key, int] = {}
@@ -174,11 +176,12 @@ class Hysteresis:
         if not matters:
             self._counts.pop(finding.key, None)
             return None
-        count = self._counts.get(finding.key, 0) + 1
+        count = self._counts.pop(finding.key, 0) + 1
         if count < checks:
             self._counts[finding.key] = count
+            if len(self._counts) > COUNTED_MAX:
+                del self._counts[next(iter(self._counts))]
             return None
-        self._counts.pop(finding.key, None)
         return CLOSED if is_open else OPENED
 
 

@@ -168,6 +168,8 @@ class ModelWatch:
             StoreUnavailableError: the store did not answer.
         """
         began_s = clock_s()
+        # Of what was forgotten and came back the baseline is to be read again.
+        self._asked = {key for key in self._asked if key in self.observer}
         for key in self.observer.fresh():
             watched = self._references.get(self.model, key[0])
             reference = watched.reference if watched is not None else None
@@ -194,8 +196,7 @@ class ModelWatch:
             return
         if key not in self._asked:
             found = stored_baseline(self._store, self.model, *key)
-            if len(self._asked) < self._bounds.devices_max:
-                self._asked.add(key)
+            self._asked.add(key)
             if found is not None:
                 self.observer.set_baseline(key, found)
                 return

@@ -91,6 +91,19 @@ def test_a_device_that_is_gone_counts_no_more(store, world, clock):
     assert figure(watching, "monitored") == 1
 
 
+def test_a_device_that_comes_back_is_measured_from_its_baseline_at_once(store, world, clock):
+    release(store, reference(world))
+    devices = fleet(store, world)
+    watching = gateway(store, clock)
+    watching.look()
+    clock.now_us += 24 * HOUR_US
+    watching.look()
+    assert figure(watching, "monitored") == 0
+    devices["watch-2"].predict(*world.windows(30, shift=4.0))
+    watching.look()
+    assert figure(watching, "model_change", model=MODEL, release="1") > 50
+
+
 def test_alerts_of_a_model_whose_releases_are_all_retired_close_with_its_figures(store, world, clock):
     release(store, reference(world))
     devices = fleet(store, world)

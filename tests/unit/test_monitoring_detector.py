@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lake.monitoring import alerts
 from lake.monitoring.alerts import CLOSED, OPENED, Finding, Hysteresis, Key
 from lake.monitoring.detector import LIMIT, SLACK, Z_MAX, Detector, make_baseline
 from lake.monitoring.reference import make_reference
@@ -107,3 +108,17 @@ def test_so_many_looks_in_a_row_open_and_close():
 
 def test_a_value_that_swings_about_the_threshold_opens_one_alert_and_no_more():
     assert [event for event in steps([1.1, 0.9] * 50, checks=1) if event] == [OPENED]
+
+
+def test_of_devices_that_are_gone_in_the_midst_of_a_count_not_all_are_remembered(monkeypatch):
+    monkeypatch.setattr(alerts, "COUNTED_MAX", 3)
+    counting = Hysteresis()
+
+    def over(device: str) -> Finding:
+        return finding(2)._replace(key=Key("m", 1, device, "change"))
+
+    for number in range(100):
+        counting.step(over("stays"), False, 1_000)
+        counting.step(over(f"gone-{number}"), False, 1_000)
+    assert len(counting._counts) == 3
+    assert [counting.step(over("stays"), False, 102), counting.step(over("stays"), False, 102)] == [None, OPENED]
