@@ -98,6 +98,7 @@ class Recorder:
         self._batchers = {name: Batcher(settings, clock.read) for name, settings in streams.items()}
         self._unstored: deque[NewBatch] = deque()
         self._unstored_bytes = 0
+        self._step_batches_max = APPEND_BATCHES_MAX
         self._telling: set[tuple[str, str]] = set()
         """Hollow epochs of which an event was reported in this run."""
         self._told: list[tuple[str, str]] = []
@@ -231,8 +232,13 @@ class Recorder:
                 with self._metrics.append_seconds.time():
                     outcomes = self._buffer.append_many(step)
             except BufferUnavailableError as error:
+                if len(step) > 1:
+                    # On a full disk the log has room for little at a time, however much the file itself has free.
+                    self._step_batches_max = 1
+                    continue
                 self._refused(error)
                 return False
+            self._step_batches_max = min(2 * self._step_batches_max, APPEND_BATCHES_MAX)
             for _ in step:
                 self._release()
             self._accepted(step, outcomes)
@@ -247,7 +253,7 @@ class Recorder:
         size = 0
         for batch in self._unstored:
             size += len(batch.body)
-            if step and (len(step) >= APPEND_BATCHES_MAX or size > APPEND_BYTES_MAX):
+            if step and (len(step) >= self._step_batches_max or size > APPEND_BYTES_MAX):
                 break
             step.append(batch)
         return step

@@ -53,13 +53,14 @@ class Disk(MemoryBuffer):
         super().__init__({"s": StreamCaps(bytes_max=bytes_max, age_max_s=1e9)}, 1 << 30)
         self.refuses = False
         self.lets_events_go = False
+        self.step_batches_max = 1_000
         self.steps: list[list[str]] = []
         self.goes_on = threading.Event()
         self.goes_on.set()
 
     def append_many(self, batches: Sequence[NewBatch]) -> Sequence[Appended]:
         self.goes_on.wait(DEADLINE_S)
-        if self.refuses:
+        if self.refuses or len(batches) > self.step_batches_max:
             raise BufferUnavailableError("the disk is full; free space")
         self.steps.append([batch.stream for batch in batches])
         if self.lets_events_go and batches[0].stream == EVENTS_STREAM:
@@ -237,6 +238,29 @@ def test_a_disk_that_refuses_for_a_while_loses_nothing_and_is_told(bench: Callab
     wait_until(lambda: not one.recorder.unavailable, "over")
     assert one.stored() == list(range(100))
     wait_until(lambda: [event["kind"] for event in one.told()] == ["buffer_unavailable"], "told")
+
+
+def test_a_disk_that_has_room_for_little_at_a_time_gets_little_at_a_time(bench: Callable[..., Bench]) -> None:
+    """When a full disk was drained, the log still has room for a few batches only; all that had piled up in memory in
+    one step was refused for ever.
+
+    Mutants tried: the same step tried again and again; small steps kept for good.
+    """
+    disk = Disk()
+    disk.refuses = True
+    one = bench(disk)
+    one.put(160)
+    wait_until(lambda: one.recorder.unstored_batches >= 16, "what was read is in memory")
+    disk.step_batches_max, disk.refuses = 1, False
+    wait_until(lambda: one.stored() == list(range(160)), "all of it is stored")
+    assert {len(step) for step in disk.steps} == {1}
+    assert one.recorder.dropped_rows["s"] == 0
+    disk.refuses = True
+    one.put(320, first=160)
+    wait_until(lambda: one.recorder.unstored_batches >= 32, "what was read is in memory")
+    disk.step_batches_max, disk.refuses = 1_000, False
+    wait_until(lambda: one.stored() == list(range(480)), "all of it is stored")
+    assert max(len(step) for step in disk.steps) > 4
 
 
 def test_a_disk_that_refuses_for_long_costs_the_oldest_rows_which_are_counted_and_told(
