@@ -12,7 +12,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slow chaos world fuzz lint format bench lock clean
+.PHONY: help demo test test-fast test-slow chaos world fuzz lint format bench soak lock clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -54,6 +54,9 @@ format: $(STAMP)  ## let ruff mend what it can
 bench: $(STAMP)  ## a table of measurements, and benchmarks/results/latest.json
 	.ci/need mosquitto
 	$(BIN)/python -m benchmarks $(ARGS)
+
+soak: $(STAMP)  ## an hour of the demo, watched for memory that grows; ARGS="--minutes 300"
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 # Keeps the versions that are locked already; UPGRADE=--upgrade takes the newest that pyproject.toml allows.
 LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
