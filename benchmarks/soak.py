@@ -1,9 +1,9 @@
 """The demo for hours: does any part's memory, files or threads grow without end, and is every row there after it?
 
 `python -m benchmarks.soak [--minutes 60] [--data DIR]` runs `headwater demo` with its models for so long, looks at each
-of its processes every ten seconds, and writes a line of JSON for each look into `soak.jsonl`. In the end the demo counts
-every row; the exit status is 1 where one is missing, doubled or changed, or where a part of ours grew in the second
-half.
+of its processes every ten seconds, and writes a line of JSON for each look into `soak.jsonl`. In the end the demo
+counts every row; the exit status is 1 where one is missing, doubled or changed, or where a part of ours grew in the
+second half.
 
 The broker and the object store are shown beside, not judged: the embedded broker keeps the last messages of each filter
 up to a bound that it reaches within hours, and the store's memory is Go's.
