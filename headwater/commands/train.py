@@ -275,7 +275,7 @@ def _tell(ran: Ran, work: Path, *, json: bool) -> None:
     output.say(f"{record.step}: {done}")
     output.say_pairs({f"  {name}": value for name, value in record.outputs.items() if _is_short(value)})
     for metric in record.outputs.get("metrics", ()) if record.step == "evaluate" else ():
-        output.say(f"  {metric['name']:<26}{metric['value']:.4g}  ({metric['split']})")
+        output.say(f"  {metric['name']:<28}{metric['value']:.4g}  ({metric['split']})")
     for name in record.outputs.get("files", {}).values() if record.step == "evaluate" else ():
         output.say(f"  see: {work / record.step / name}")
     if record.outputs.get("state") == "draft":

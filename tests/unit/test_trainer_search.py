@@ -57,6 +57,19 @@ def test_the_best_of_all_families_is_found_beside_the_best_as_it_comes() -> None
     assert result.features == tuple(material.names[column] for column in trained.columns)
 
 
+def test_what_falls_behind_the_median_is_given_up_after_its_first_folds() -> None:
+    hopeless = Range(low=1e-9, high=1e-6, log=True)
+    families = {"extra_trees": {"n_estimators": 10}, "logistic_regression": {"C": hopeless}}
+    recipe = recipe_with(families=families, search=Search(metric="neg_log_loss", trials=14, class_weights=False))
+    material, split = prepared(recipe)
+    result, _ = search.search(material, split, recipe, 1)
+    pruned = [trial for trial in result.trials if trial.state == "pruned"]
+    assert pruned
+    assert all(trial.tuned and trial.score is None and len(trial.folds) < len(split.folds) for trial in pruned)
+    assert all(len(trial.folds) == len(split.folds) for trial in result.trials if trial.state == "scored")
+    assert result.best.candidate.family == "extra_trees" or not result.best.tuned
+
+
 def test_the_same_seed_finds_the_same_model() -> None:
     recipe = recipe_with()
     material, split = prepared(recipe)
