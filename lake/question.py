@@ -49,7 +49,11 @@ def read_question(cursor: duckdb.DuckDBPyConnection, query: str) -> Question:
     explained = _EXPLAIN.match(query)
     body = query[explained.end() :] if explained else query
     answer = cursor.execute("SELECT json_serialize_sql(?)", [body]).fetchone()
-    parsed: dict[str, Any] = msgspec.json.decode(answer[0]) if answer else {"error": True}
+    try:
+        parsed: dict[str, Any] = msgspec.json.decode(answer[0]) if answer else {"error": True}
+    except msgspec.DecodeError as error:
+        # DuckDB writes a literal such as 1e400 as `inf`, which is no JSON.
+        raise QueryError("the query has a number that no DOUBLE can hold; write 'infinity'::DOUBLE for it") from error
     if parsed["error"]:
         at = int(parsed.get("position") or 0) + len(query) - len(body)
         raise QueryError(_reason(parsed.get("error_message", ""), query, at))

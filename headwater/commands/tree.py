@@ -93,7 +93,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
     except HeadwaterError as error:
         output.complain(f"error: {error}")
         sys.exit(exit_of(error))
-    except BrokenPipeError:
-        # Who read the answer has seen enough, as `head` does; the interpreter must not try to write the rest.
+    except SystemExit as end:
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        # Who read the answer has seen enough, as `head` does. Click takes that for a failure; and the interpreter must
+        # not try to write the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(Exit.OK)

@@ -101,6 +101,7 @@ def test_streams_and_head(lake: str) -> None:
         ("SELECT * FROM nothing", "it has pump"),
         ("SELECT nothing FROM pump", "nothing"),
         ("DROP VIEW pump", "SELECT"),
+        ("SELECT 1e400", "no DOUBLE can hold"),
     ],
 )
 def test_a_question_that_cannot_be_answered_is_one_line_and_exit_2(lake: str, query: str, words: str) -> None:
@@ -113,9 +114,10 @@ def test_a_question_that_cannot_be_answered_is_one_line_and_exit_2(lake: str, qu
 
 def test_who_reads_only_the_beginning_gets_it_without_complaint(lake: str) -> None:
     command = f"{sys.executable} -m headwater lake sql 'SELECT * FROM range(200000)' --lake {lake} --json | head -n 2"
+    command += "; exit ${PIPESTATUS[0]}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=90, check=False)
     assert done.stdout == '{"range":0}\n{"range":1}\n'
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_reading_a_folder_that_is_not_there_is_refused_and_creates_nothing(tmp_path):
