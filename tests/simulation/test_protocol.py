@@ -3,7 +3,8 @@
 A failing schedule replays: Hypothesis prints it step by step (and takes `--hypothesis-seed`); seeded runs name theirs
 (`pytest tests/simulation -k seeded --seed N` begins there).
 
-Mutants tried, all found (`test_breaking_one_rule_is_noticed` breaks each again in every run): see `MUTANTS`.
+Mutants tried, all found (`test_breaking_one_rule_is_noticed` breaks each again in every run): see `MUTANTS`, and
+`RESTORE_MUTANTS` for lakes that are replaced by an older copy.
 """
 
 from __future__ import annotations
