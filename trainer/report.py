@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from trainer import plots
 from trainer.candidates import Trained
@@ -169,7 +170,7 @@ def _alarm_row(name: str, figures: AlarmFigures | None) -> tuple[object, ...]:
         figures.false_alarms,
         figures.months,
         figures.false_alarms_per_month,
-        " – ".join(f"{bound:.2g}" for bound in figures.false_alarms_per_month_95),
+        "\N{NO-BREAK SPACE}–\N{NO-BREAK SPACE}".join(f"{bound:.2g}" for bound in figures.false_alarms_per_month_95),
         figures.roc_auc,
         figures.average_precision,
     )
@@ -217,7 +218,7 @@ def _timelines(context: StepContext, trained: Trained, material: Material, split
     judged[split.test] = True
     scores = trained.scores(material.features)
     found = []
-    for device in np.unique(dataset.devices)[:DEVICES_SHOWN_MAX]:
+    for device in _telling(dataset.devices, labelled, scores > (trained.threshold or 0.0)):
         mine = np.flatnonzero(dataset.devices == device)
         drawn = plots.timeline(
             dataset.ends_us[mine], scores[mine], trained.threshold or 0.0, labelled[mine], judged[mine]
@@ -228,6 +229,16 @@ def _timelines(context: StepContext, trained: Trained, material: Material, split
         roc, precision = plots.curves([("labelled windows", scores[split.test], truth)])
         found += [("ROC, judged windows", roc), ("Precision and recall, judged windows", precision)]
     return found
+
+
+def _telling(
+    devices: npt.NDArray[np.str_], labelled: npt.NDArray[np.bool_], flagged: npt.NDArray[np.bool_]
+) -> list[str]:
+    """The devices with the most labelled windows, and of these with the most above the threshold."""
+    names, place = np.unique(devices, return_inverse=True)
+    counts = [np.bincount(place, weights=marked, minlength=len(names)) for marked in (labelled, flagged)]
+    order = np.lexsort((names, -counts[1], -counts[0]))
+    return [str(names[number]) for number in order[:DEVICES_SHOWN_MAX]]
 
 
 def _search(result: SearchResult) -> str:

@@ -19,7 +19,7 @@ import pytest
 
 from contract.errors import ConfigurationError
 from tests.window_sets import drawn_recipe, drawn_windows, machine_windows, watch_recipe, watch_windows
-from trainer import evaluate, export, search, tracking, trials
+from trainer import evaluate, export, report, search, tracking, trials
 from trainer.errors import StepNotReadyError
 from trainer.pipeline import EVALUATE
 from trainer.recipe import Report, Search, SplitRule
@@ -161,6 +161,13 @@ def test_failures_of_a_machine_are_found_with_fewer_false_alarms_than_a_rolling_
     assert found["export"]["classes"] == []
     assert found["export"]["threshold"] == found["search"]["threshold"]
     check_page(tmp_path / "evaluate" / "report.html", svgs=7)
+
+
+def test_the_report_shows_the_devices_that_have_something_to_show() -> None:
+    devices = np.array(["a", "b", "c", "d", "e"] * 4)
+    labelled, flagged = devices == "d", np.isin(devices, ["b", "e"])
+    flagged[1] = False
+    assert report._telling(devices, labelled, flagged) == ["d", "e", "b"]
 
 
 MLFLOW = {tracking.URI_VARIABLE: "http://mlflow:5000"}
