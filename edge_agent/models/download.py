@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -138,19 +139,86 @@ def _fetch(url: str, artifact: Artifact, collected: _Collected, timeouts: Timeou
         timeout=urllib3.Timeout(connect=timeouts.connect_s, read=timeouts.read_s),
         retries=urllib3.Retry(total=REDIRECTS_MAX, connect=0, read=0, redirect=REDIRECTS_MAX, status=0, other=0),
     )
+    line = _Line()
+    pool.pool_classes_by_scheme = line.pools()
+    # Timeouts are of silence: a server that trickles its headers is never silent, and nobody could tell it to end.
+    alarm = threading.Timer(timeouts.connect_s + timeouts.read_s, line.cut)
+    alarm.daemon = True
     try:
+        cancel.on_set(line.cut)
+        alarm.start()
         response = pool.request("GET", url, headers=headers, preload_content=False, decode_content=False)
+        alarm.cancel()
         try:
             cancel.on_set(lambda: _shut(response))
+            first = b""
+            if response.status in (_OK, _PARTIAL):
+                # Headers that were cut off look like whole ones: what is there already counts until something follows.
+                first = response.read1(CHUNK_BYTES)
+                if not first:
+                    raise DownloadError(f"{url}: the connection ended before the file began; the rest follows")
             _begin(response, url, artifact, collected)
-            _receive(response, url, artifact, collected, cancel)
+            _receive(response, first, url, artifact, collected, cancel)
         finally:
             cancel.on_set(None)
             response.close()
     except urllib3.exceptions.HTTPError as error:
         raise DownloadError(f"{url}: {str(error)[:200]}; is the address right, and the server up?") from error
     finally:
+        alarm.cancel()
+        cancel.on_set(None)
         pool.clear()
+
+
+class _Line:
+    """The connections of one download, so that another thread can cut them whatever they wait for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sockets: list[socket.socket] = []
+        self._is_cut = False
+
+    def pools(self) -> dict[str, Any]:
+        """What a pool manager makes its connections of, by scheme."""
+        import urllib3
+        from urllib3.connection import HTTPConnection, HTTPSConnection
+
+        opened = self._opened
+
+        class Plain(HTTPConnection):
+            def connect(self) -> None:
+                super().connect()
+                opened(self.sock)
+
+        class Secure(HTTPSConnection):
+            def connect(self) -> None:
+                super().connect()
+                opened(self.sock)
+
+        class PlainPool(urllib3.HTTPConnectionPool):
+            ConnectionCls = Plain
+
+        class SecurePool(urllib3.HTTPSConnectionPool):
+            ConnectionCls = Secure
+
+        return {"http": PlainPool, "https": SecurePool}
+
+    def cut(self) -> None:
+        """End all of them, and those to come."""
+        with self._lock:
+            self._is_cut = True
+            sockets, self._sockets = self._sockets, []
+        for each in sockets:
+            with contextlib.suppress(OSError):
+                # Below TLS, whose own way to end would disturb the thread that reads.
+                socket.socket.shutdown(each, socket.SHUT_RDWR)
+
+    def _opened(self, made: socket.socket) -> None:
+        with self._lock:
+            self._sockets.append(made)
+            late = self._is_cut
+        if late:
+            self.cut()
 
 
 def _begin(response: Any, url: str, artifact: Artifact, collected: _Collected) -> None:
@@ -192,20 +260,20 @@ def _goes_on(content_range: str, have: int, size: int) -> bool:
     )
 
 
-def _receive(response: Any, url: str, artifact: Artifact, collected: _Collected, cancel: Cancel) -> None:
+def _receive(response: Any, first: bytes, url: str, artifact: Artifact, collected: _Collected, cancel: Cancel) -> None:
     resumable = response.status == _PARTIAL or response.headers.get("Accept-Ranges") == "bytes"
     pace = _Pace(url, collected.size, resumable=resumable)
     with collected.path.open("ab") as file:
         # What has come is taken at once: of a whole chunk, a connection that breaks would take all away again.
-        while chunk := response.read1(CHUNK_BYTES):
-            if cancel.is_set():
-                break
+        chunk = first
+        while chunk and not cancel.is_set():
             if collected.size + len(chunk) > artifact.size:
                 raise DownloadError(f"{url}: more than {artifact.size} bytes; is there a portal or proxy in between?")
             file.write(chunk)
             collected.add(chunk)
             if collected.size < artifact.size:
                 pace.check(collected.size)
+            chunk = response.read1(CHUNK_BYTES)
     if collected.size < artifact.size:
         why = "it was not wanted any more" if cancel.is_set() else "the connection ended; the rest follows"
         raise DownloadError(f"{url}: {collected.size} of {artifact.size} bytes: {why}")

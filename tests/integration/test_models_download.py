@@ -1,7 +1,8 @@
 """A download goes on where it was cut, ends at once when told, and never keeps a byte that the hash does not cover.
 
 Mutants tried: what came kept by whole chunks only; any 206 taken for the rest; a compressed answer taken for the file;
-no least pace; no turns.
+no least pace; no turns; no end of headers that trickle, by time or by being told; what was kept dropped at
+headers that were cut off.
 """
 
 from __future__ import annotations
@@ -261,6 +262,23 @@ def test_a_compressed_answer_is_not_taken_for_the_file(tmp_path: Path) -> None:
     assert starts == [50_000, 0]
 
 
+@pytest.mark.parametrize("line", ["200 OK", "206 Partial Content", "206 Partial Content\r\nContent-Ra"])
+def test_headers_that_are_cut_off_take_nothing_away(tmp_path: Path, line: str) -> None:
+    partial = tmp_path / "partial"
+    partial.write_bytes(DATA[:50_000])
+
+    def cut_off(connection: socket.socket, start: int) -> None:
+        connection.sendall(f"HTTP/1.1 {line}\r\n".encode())
+
+    with scripted(cut_off, whole) as (url, starts):
+        with pytest.raises(DownloadError, match="before the file began"):
+            fetch(url, partial)
+        assert partial.read_bytes() == DATA[:50_000]
+        fetch(url, partial)
+    assert starts == [50_000, 50_000]
+    assert partial.read_bytes() == DATA
+
+
 def test_a_chunked_answer_without_a_length_is_taken_to_its_end(tmp_path: Path) -> None:
     def chunked(connection: socket.socket, start: int) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -308,3 +326,36 @@ def test_a_server_that_trickles_does_not_hold_the_line(
         fetch(url, partial)
     assert starts == [0, came]
     assert partial.read_bytes() == DATA
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["by itself", "when told"])
+def test_headers_that_trickle_are_not_waited_for(tmp_path: Path, *, told: bool) -> None:
+    """Each byte ends a silence, so no timeout of silence ends it."""
+    cancel, began, gone = Cancel(), threading.Event(), threading.Event()
+
+    def trickles(connection: socket.socket, start: int) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nX-Long: ")
+        began.set()
+        for _ in range(3_000):
+            if gone.wait(0.01):
+                break
+            try:
+                connection.sendall(b"x")
+            except OSError:
+                gone.set()
+
+    def tell() -> None:
+        assert began.wait(5)
+        if told:
+            cancel.set()
+
+    with scripted(trickles) as (url, _):
+        teller = threading.Thread(target=tell)
+        teller.start()
+        timeouts = Timeouts(2.0, 60.0) if told else Timeouts(0.25, 0.25)
+        with pytest.raises(DownloadError):
+            download(url, artifact(), tmp_path / "partial", timeouts, cancel)
+        assert not gone.is_set() or not told, "it was ended, not the server's patience"
+        gone.set()
+        teller.join()
+    assert not (tmp_path / "partial").exists()
