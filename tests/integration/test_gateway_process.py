@@ -74,8 +74,10 @@ def test_two_gateways_over_the_same_shards_double_nothing(mosquitto, object_stor
 
 
 def test_a_table_that_is_restored_or_deleted_under_running_gateways_doubles_nothing_and_goes_on(mosquitto, tmp_path):
-    """Nobody should do it so; who does loses what the copy lacks, no more. Mutant tried, found here: the copy taken for the
-    table that was there before."""
+    """Nobody should do it so; who does loses what the copy lacks, no more.
+
+    Mutant tried, found here: the copy taken for the table that was there before.
+    """
     names = [f"restored-{number}" for number in range(4)]
     with (
         GatewayProcess(tmp_path, mosquitto.url, local_lake(tmp_path), name="one"),
