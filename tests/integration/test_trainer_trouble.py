@@ -44,6 +44,23 @@ console()
 is to write its record (`write_durably`)."""
 
 
+SHORT_LIVED = """
+import os, signal, sys
+fits = int(sys.argv.pop(1))
+from trainer import search
+def counted(*given, real=search.train):
+    global fits
+    fits -= 1
+    if fits < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*given)
+search.train = counted
+from headwater.cli import console
+console()
+"""
+"""`headwater`, killed in a search that would fit more often than it is told."""
+
+
 class Training:
     """A recipe over a small lake."""
 
@@ -62,7 +79,7 @@ class Training:
         ]
 
     def __call__(self, *words: str, code: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-        start = ["-c", DYING, *code] if code else ["-m", "headwater"]
+        start = ["-c", *code] if code else ["-m", "headwater"]
         command = [sys.executable, "-P", *start, "train", *words, *self._options]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -86,7 +103,7 @@ def test_every_step_may_be_killed_before_and_after_it_publishes(tmp_path: Path) 
     train = Training(tmp_path)
     for number, step in enumerate(STEPS):
         for moment in ("publish", "write_durably"):
-            done = train("run", code=(step, moment))
+            done = train("run", code=(DYING, step, moment))
             assert done.returncode == -signal.SIGKILL, done.stderr
             lines = [json.loads(line) for line in done.stdout.splitlines()]
             assert [line["step"] for line in lines] == list(STEPS[:number])
@@ -98,6 +115,26 @@ def test_every_step_may_be_killed_before_and_after_it_publishes(tmp_path: Path) 
     assert done.returncode == Exit.OK, done.stderr
     assert [json.loads(line)["skipped"] for line in done.stdout.splitlines()] == [True] * 5 + [False]
     train.check_released_once()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_search_gets_on_though_every_process_is_killed_in_its_second_trial(tmp_path: Path) -> None:
+    """Five fits to a trial, and death at the eighth: without what the killed ones left it would never end."""
+    train = Training(tmp_path)
+    longer = RECIPE.replace("trials = 1", "trials = 4").replace("seconds = 20", "seconds = 600")
+    (tmp_path / "recipe.toml").write_text(longer)
+    assert train("run", "--until", "checks").returncode == Exit.OK
+    deaths = 0
+    while (done := train("search", code=(SHORT_LIVED, "7"))).returncode == -signal.SIGKILL:
+        deaths += 1
+        assert deaths < 5
+        assert not (train.work / "search.json").exists()
+    assert done.returncode == Exit.OK, done.stderr
+    assert 2 <= deaths < 5
+    said = json.loads(done.stdout)["outputs"]
+    assert (said["trials"], said["stopped"]) == (4, "trials")
+    assert train.is_whole("search")
 
 
 @pytest.fixture
