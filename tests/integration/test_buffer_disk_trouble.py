@@ -25,6 +25,7 @@ from edge_agent.buffer.port import BufferUnavailableError, OpenedKind
 from edge_agent.buffer.sqlite import SqliteBuffer
 from tests.contract.buffer_suite import PLENTY, ROOMY, Hands, held
 from tests.integration.buffer_disk import Disk, memory_folder
+from tests.integration.small_disks import mounted, or_skip, unmounted
 
 MIB = 1024 * 1024
 EXT4_IOC_SHUTDOWN = 0x8004587D  # from the next moment on the file system answers EIO
@@ -153,24 +154,6 @@ def test_of_batches_that_go_in_together_a_failing_disk_takes_all_or_none(folder:
 # Real disks
 
 
-def mounted(what: list[str], where: Path) -> None:
-    where.mkdir(exist_ok=True)
-    _or_skip(["mount", *what, str(where)])
-
-
-def _or_skip(command: list[str]) -> None:
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", b"") or str(error).encode()
-        pytest.skip(f"a small file system cannot be made here ({said.decode().strip()[:120]}); run as root on Linux")
-
-
-def unmounted(where: Path) -> None:
-    # Lazily: a failing test has the buffer open still.
-    subprocess.run(["umount", "-l", str(where)], check=True, capture_output=True)
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 8 MiB."""
@@ -188,7 +171,7 @@ def card(tmp_path: Path) -> Iterator[Path]:
     image, where = tmp_path / "image", tmp_path / "card"
     with image.open("wb") as file:
         file.truncate(24 * MIB)
-    _or_skip(["mkfs.ext4", "-q", "-F", "-m", "0", str(image)])
+    or_skip(["mkfs.ext4", "-q", "-F", "-m", "0", str(image)])
     mounted(["-o", "loop", str(image)], where)
     try:
         yield where
