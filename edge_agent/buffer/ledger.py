@@ -281,8 +281,13 @@ class Ledger:
             if lane.last_seq > lane.saved_seq and not self._query(
                 "SELECT 1 FROM batches WHERE key = ?", (lane.key(lane.last_seq),)
             ):
-                self._execute("UPDATE lanes SET last_seq = ? WHERE lane = ?", (lane.last_seq, number))
-                lane.saved_seq = lane.last_seq
+                self._save_last_seq(lane)
+
+    def save_last_seqs(self) -> None:
+        """Write down the last number of every lane."""
+        for number in list(self.lanes):
+            if self.lanes[number].last_seq > self.lanes[number].saved_seq:
+                self._save_last_seq(self._edit(number))
 
     # The shelf of the rules
 
@@ -389,6 +394,10 @@ class Ledger:
         lane.rows += rows
         lane.body_bytes += body_bytes
         self._bytes[lane.stream] += body_bytes
+
+    def _save_last_seq(self, lane: Lane) -> None:
+        self._execute("UPDATE lanes SET last_seq = ? WHERE lane = ?", (lane.last_seq, lane.lane))
+        lane.saved_seq = lane.last_seq
 
     def _sweep(self, lane: Lane) -> None:
         """Forget a lane that takes no new batches, has none left, and whose end is in the lake."""

@@ -100,22 +100,27 @@ def _copy_lane(old: Connection, new: Connection, lane: LaneRow, number: int, pro
         if _is_whole(row):
             if not new.in_transaction:
                 new.execute("BEGIN IMMEDIATE")
-            top = key - lane.base
-            new.execute(f"INSERT INTO batches ({_BATCH}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (base + top, *row[1:]))
+            top = max(top, key - lane.base)
+            new.execute(
+                f"INSERT INTO batches ({_BATCH}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (base + key - lane.base, *row[1:])
+            )
             copied += 1
             if copied % _BATCHES_PER_COMMIT == 0:
                 _put_lane(new, lane, number, base, top)
                 new.execute("COMMIT")
-    if new.in_transaction:
+    if new.in_transaction or max(top, lane.last_seq) > lane.acked:
+        if not new.in_transaction:
+            new.execute("BEGIN IMMEDIATE")
         _put_lane(new, lane, number, base, top)
         new.execute("COMMIT")
     return copied
 
 
-def _put_lane(new: Connection, lane: LaneRow, number: int, base: int, last_seq: int) -> None:
+def _put_lane(new: Connection, lane: LaneRow, number: int, base: int, top: int) -> None:
+    """Keep a lane with how far it is known to have gone, also where that is lost: the end of it is told as a hole."""
     new.execute(
-        "INSERT OR REPLACE INTO lanes (lane, base, stream, epoch, live, last_seq) VALUES (?, ?, ?, ?, 0, ?)",
-        (number, base, lane.stream, lane.epoch, last_seq),
+        "INSERT OR REPLACE INTO lanes (lane, base, stream, epoch, live, last_seq, acked) VALUES (?, ?, ?, ?, 0, ?, ?)",
+        (number, base, lane.stream, lane.epoch, max(top, lane.last_seq), lane.acked),
     )
 
 

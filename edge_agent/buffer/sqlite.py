@@ -271,6 +271,8 @@ class SqliteBuffer:
     def _delete_at_close(self, ledger: Ledger) -> None:
         for lane in list(ledger.lanes.values()):
             ledger.delete_acknowledged(lane, DELETED_BATCHES_MAX)
+        # Where the file is found damaged at the next start, what is lost of it can be told then.
+        ledger.save_last_seqs()
 
     def _is_due(self, lane: Lane, now: Clock) -> bool:
         return lane.dead_batches > 0 and (

@@ -210,6 +210,44 @@ def test_damage_found_in_use_costs_no_healthy_batch_and_stops_nothing(path: Path
     buffer.close()
 
 
+def break_the_root(path: Path) -> None:
+    """Damage the one page through which all batches are found."""
+    content = bytearray(path.read_bytes())
+    content[PAGE : 2 * PAGE] = bytes([0x77]) * PAGE
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_an_epoch_lost_with_its_file_is_told_with_how_far_it_went(path: Path, in_use: bool) -> None:
+    """No later batch of it will ever show that its last ones are missing.
+
+    Mutants tried: an epoch of which nothing was saved forgotten; its end taken from what was saved; last numbers not
+    written down when the buffer is closed.
+    """
+    buffer = buffer_at(path)
+    epoch = [buffer.append("a", body(seq), seq, Hands()()).epoch for seq in range(1, 101)].pop()
+    buffer.acknowledge("a", epoch, 10)
+    buffer._db._checkpoint("TRUNCATE")
+    if in_use:
+        break_the_root(path)
+        buffer._db.close_connections()
+        drain(buffer, epoch)
+    else:
+        buffer.close()
+        break_the_root(path)
+        buffer = buffer_at(path)
+    assert buffer.opened.kind is OpenedKind.CORRUPT_REPLACED
+    assert drain(buffer, epoch) == {}
+    assert buffer.hollow() == [Hollow("a", epoch, 100)]
+    assert buffer.append("a", b"new", 1, Hands()()).epoch != epoch
+    buffer.close()
+    again = buffer_at(path)
+    assert again.hollow() == [Hollow("a", epoch, 100)]
+    again.forget("a", epoch)
+    assert again.hollow() == []
+    again.close()
+
+
 def test_saving_a_damaged_file_is_seen_to_go_on_at_opening_and_in_use(path: Path) -> None:
     """It takes minutes where the buffer is large, and whoever waits for it has to know that it does not hang.
 
