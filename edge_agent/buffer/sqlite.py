@@ -163,19 +163,24 @@ class SqliteBuffer:
     def acknowledge(self, stream: str, epoch: str, seq: int) -> int:
         """See `BatchBuffer.acknowledge`."""
         with self._lock:
-            lane = self._by_epoch.get((stream, epoch))
-            if lane is None:
-                return 0
-            now, damages = self._now(), self._damages
+            damages = self._damages
             try:
-                after, deleted = acknowledged(lane, seq, now, self._db.query)
+                return self._acknowledge(stream, epoch, seq)
             except CorruptFileError as error:
+                # Whoever brought it believes it is done: it holds for what was saved, too.
                 self._heal(error, damages)
-                return 0
-            self._publish({**self._lanes, lane.lane: after})
-            if self._is_due(after, now):
-                self._delete(lambda ledger: self._delete_due(ledger, now))
-            return deleted
+                return self._acknowledge(stream, epoch, seq)
+
+    def _acknowledge(self, stream: str, epoch: str, seq: int) -> int:
+        lane = self._by_epoch.get((stream, epoch))
+        if lane is None:
+            return 0
+        now = self._now()
+        after, deleted = acknowledged(lane, seq, now, self._db.query)
+        self._publish({**self._lanes, lane.lane: after})
+        if self._is_due(after, now):
+            self._delete(lambda ledger: self._delete_due(ledger, now))
+        return deleted
 
     def open_epoch(self, stream: str, *, move_after_seq: int | None = None) -> str:
         """See `BatchBuffer.open_epoch`."""

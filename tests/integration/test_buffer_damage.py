@@ -210,6 +210,23 @@ def test_damage_found_in_use_costs_no_healthy_batch_and_stops_nothing(path: Path
     buffer.close()
 
 
+def test_an_acknowledgement_that_finds_the_damage_holds_for_what_is_saved(path: Path) -> None:
+    """The sender believes it: what came back would be sent, acknowledged, and never deleted.
+
+    Mutants tried: the acknowledgement lost with the old file.
+    """
+    buffer = buffer_at(path)
+    epoch = [buffer.append("a", body(seq), seq, Hands()()).epoch for seq in range(1, 201)].pop()
+    buffer._db._checkpoint("TRUNCATE")
+    break_the_tree(path)
+    buffer._db.close_connections()
+    buffer.acknowledge("a", epoch, 150)
+    assert buffer.opened.kind is OpenedKind.CORRUPT_REPLACED
+    assert held(buffer, "a", epoch) != []
+    assert min(held(buffer, "a", epoch)) > 150
+    buffer.close()
+
+
 def break_the_root(path: Path) -> None:
     """Damage the one page through which all batches are found."""
     content = bytearray(path.read_bytes())
