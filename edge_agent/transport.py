@@ -368,7 +368,7 @@ class PahoConnection:
         return Lost(
             LossCause.REFUSED,
             f"{self._address} ended the connection before it accepted it; "
-            "check username, password, protocol version and port",
+            "check username, password, protocol version and port; or is a captive portal in its place?",
         )
 
     def _unpend(self) -> None:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -139,8 +139,9 @@ class ScriptedBroker:
             for answer in self._answers:
                 self.packets.append(client.recv(65_536))
                 client.sendall(answer)
-            while client.recv(65_536):
-                pass  # until the client has closed its side
+            with suppress(ConnectionResetError):
+                while client.recv(65_536):
+                    pass  # until the client has closed its side
 
 
 CONNACK = bytes.fromhex("20 03 00 00 00")
@@ -215,6 +216,21 @@ def test_no_more_bytes_are_on_the_way_than_memory_and_a_slow_line_bear() -> None
         assert wait_until(lambda: connection.publish("t", piece), PATIENCE_S, "the first PUBACK makes room")
         assert connection.unanswered == 4
         assert not connection.publish("t", piece)
+        connection.abandon()
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+@pytest.mark.parametrize(
+    "answer",
+    [b"HTTP/1.1 302 Found\r\nLocation: http://login.example/\r\n\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n" * 99],
+)
+def test_a_captive_portal_in_the_brokers_place_is_left_and_told_as_a_possibility(protocol: str, answer: bytes) -> None:
+    with ScriptedBroker(answer) as portal:
+        line = Line("guest", url=portal.url, protocol=protocol, keepalive_s=5)
+        connection = line.connect()
+        lost = line.wait(Lost)
+        assert (lost.cause, "captive portal" in lost.detail) == (LossCause.REFUSED, True)
+        wait_until(lambda: connection.finished, PATIENCE_S, "the thread ends")
         connection.abandon()
 
 
