@@ -120,17 +120,25 @@ class PredictionFeed:
                 yield parse(pa.concat_tables(found))
 
     def _latest(self) -> int:
-        """Follow the log one version at a time; it is listed only at the first look, or where entries are gone."""
-        if self._version < 0:
-            state = Catalog(self._store).state(self._path)
-            return -1 if state is None else state.version
+        """Follow the log one version at a time; it is listed only at the first look, or where the table is another:
+        restored, or begun anew. Then what is there is read once more, rather than nothing until it has grown as long.
+        """
         version = self._version
-        try:
-            while True:
-                self._store.size(self._entry(version + 1))
+        if version >= 0:
+            while self._has(version + 1):
                 version += 1
+            if version > self._version or self._has(version):
+                return version
+            self._version = -1
+        state = Catalog(self._store).state(self._path)
+        return -1 if state is None else state.version
+
+    def _has(self, version: int) -> bool:
+        try:
+            self._store.size(self._entry(version))
         except ObjectMissingError:
-            return version
+            return False
+        return True
 
     def _entry(self, version: int) -> str:
         return f"{self._path}/_delta_log/{version:020d}.json"

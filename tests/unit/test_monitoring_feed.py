@@ -1,10 +1,12 @@
 """Predictions as they arrive: each once, commit by commit, whatever fails on the way.
 
 Mutants tried, each made a test here fail: a commit counted as given before its files are read; skipped ones counted
-at each call; all that is new read before the first is given.
+at each call; all that is new read before the first is given; no look whether the table is still the same.
 """
 
 from __future__ import annotations
+
+import shutil
 
 import numpy as np
 import pytest
@@ -97,3 +99,25 @@ def test_of_more_than_may_be_read_the_newest_are_and_the_others_are_counted_once
     assert feed.skipped_commits == 2
     assert taken(feed, rows_max=8) == []
     assert feed.skipped_commits == 2
+
+
+def test_a_table_that_was_restored_or_begun_anew_is_read_from_there_on(store, device, tmp_path):
+    """A feed that waits for the version it knew is blind until the table has grown as long again."""
+    feed = PredictionFeed(store, MODEL)
+    for count in (3, 4, 5):
+        device.predict(*WORLD.windows(count))
+    assert taken(feed) == [3, 4, 5]
+    folder = tmp_path / "lake" / "raw" / f"predictions.{MODEL}"
+    shutil.copytree(folder, tmp_path / "backup")
+    for count in (6, 7):
+        device.predict(*WORLD.windows(count))
+    assert taken(feed) == [6, 7]
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "backup", folder)
+    assert taken(feed) == [3, 4, 5]
+    assert taken(feed) == []
+    shutil.rmtree(folder)
+    assert taken(feed) == []
+    Device(store, "pi-2").predict(*WORLD.windows(8))
+    assert taken(feed) == [8]
+    assert feed.skipped_commits == 0
