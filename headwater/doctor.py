@@ -11,8 +11,7 @@ from headwater.checks.broker import BrokerLogin, check_broker
 from headwater.checks.findings import Finding, Verdict, failed, skipped
 from headwater.checks.host import check_host
 from headwater.checks.stack import check_stack
-from headwater.place import BROKER_VARIABLE, LAKE_VARIABLE, data_folder, data_option, read_record
-from headwater.stack.folder import is_held
+from headwater.place import BROKER_VARIABLE, LAKE_VARIABLE, data_folder, data_option, is_stopped, read_record
 
 
 def examine(
@@ -49,7 +48,7 @@ def examine(
     else:
         findings += _store(lake, data, environment)
     elsewhere = named or lake or environment.get(LAKE_VARIABLE)
-    if record is not None and not elsewhere and is_held(folder):
+    if record is not None and not elsewhere and not is_stopped(folder):
         findings += check_stack(record)
     return findings
 
@@ -70,9 +69,8 @@ def _store(lake: str | None, data: str | None, environment: Mapping[str, str]) -
 
 def _remedy(folder: Path, server: str) -> str:
     """What to do where a server of a stack does not answer."""
-    if is_held(folder):
-        return f"see why it does not answer: {folder}/logs/{server}.log; the stack over {folder} is running"
-    return f"the stack over {folder} is stopped; start it: headwater up{data_option(folder)}"
+    running = f"see why it does not answer: {folder}/logs/{server}.log; the stack over {folder} is running"
+    return is_stopped(folder) or running
 
 
 def verdict_of(findings: Sequence[Finding]) -> Verdict:

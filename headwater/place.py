@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from contract.errors import ConfigurationError
+from headwater.stack.folder import is_held
 
 DATA_DEFAULT = "headwater-data"
 DATA_VARIABLE, LAKE_VARIABLE, BROKER_VARIABLE = "HEADWATER_DATA", "HEADWATER_LAKE", "HEADWATER_BROKER"
@@ -68,6 +69,11 @@ def data_folder(option: str | None, environment: Mapping[str, str]) -> Path:
 def data_option(folder: Path) -> str:
     """What to add to a command that shall find this folder from here, for a shell; nothing where it is the default."""
     return "" if folder == data_folder(None, {}) else f" --data {shlex.quote(str(folder))}"
+
+
+def is_stopped(folder: Path) -> str:
+    """That the stack of a folder is stopped, and what to type; empty while it runs."""
+    return "" if is_held(folder) else f"the stack over {folder} is stopped; start it: headwater up{data_option(folder)}"
 
 
 def record_path(folder: Path) -> Path:

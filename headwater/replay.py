@@ -72,7 +72,8 @@ def replay_config(options: ReplayOptions) -> dict[str, Any]:
                     "path": str(Path(options.path).expanduser().absolute()),
                     "time_column": options.time_column,
                     "fields": list(options.fields),
-                    "delimiter": options.delimiter,
+                    # What a shell hands over for a tab that was typed as in most languages.
+                    "delimiter": "\t" if options.delimiter == "\\t" else options.delimiter,
                     "decimal_point": options.decimal_point,
                     "time_format": options.time_format,
                     "speed": float(options.speed),

@@ -48,7 +48,8 @@ def status(
     with extras.imports("edge", "headwater agent status"):
         from edge_agent.status import fetch_status
 
-    _ask(lambda agent: fetch_status(agent.socket), _agents(socket, config, data, device), _show_status, json=json)
+    agents = _agents(socket, config, data, device)
+    _ask(lambda agent: fetch_status(agent.socket), agents, _show_status, json=json)
 
 
 @app.command()
@@ -72,6 +73,8 @@ class _Agent(NamedTuple):
     name: str
     socket: Path
     buffer: Path | None
+    stack: Path | None = None
+    """The data folder of the stack that it belongs to."""
 
 
 def _agents(socket: Path | None, config: Path | None, data: str | None, device: str | None) -> list[_Agent]:
@@ -87,7 +90,7 @@ def _agents(socket: Path | None, config: Path | None, data: str | None, device: 
         record = read_record(folder)
         if record is not None:
             found = [
-                _Agent(place.name, Path(place.socket), Path(place.buffer))
+                _Agent(place.name, Path(place.socket), Path(place.buffer), folder)
                 for place in record.devices
                 if device in (None, place.name)
             ]
@@ -110,6 +113,7 @@ def _ask(
 ) -> None:
     """Ask every agent; those that do not answer are told, and make the exit status."""
     from contract.errors import TemporaryError
+    from headwater.place import is_stopped
 
     answers: list[Any] = []
     silent: list[str] = []
@@ -124,7 +128,10 @@ def _ask(
     elif answers:
         show(answers)
     if silent:
-        for text in silent:
+        stack = agents[0].stack
+        # More to the point than that none of its devices answers.
+        stopped = is_stopped(stack) if stack is not None and not answers else ""
+        for text in [stopped] if stopped else silent:
             output.complain(f"error: {text}")
         raise typer.Exit(Exit.UNAVAILABLE)
 

@@ -29,7 +29,8 @@ def doctor(
     """Look at this machine, the broker and the store, and say what to do about what is not well.
 
     Broker and store are tried with real operations, and cleaned up behind. Without --broker and --lake those of the
-    stack in the data folder are looked at; where there is none, they are skipped. Exit status 1 if a check failed.
+    stack in the data folder are looked at, and where it runs its gateway and devices too; where there is none, they are
+    skipped. Exit status 1 if a check failed.
     """
     logs.configure()
     extras.require("edge", "headwater doctor")

@@ -26,9 +26,9 @@ def replay(
     fields: Annotated[
         str | None, typer.Option("--fields", metavar="A,B", help="Columns to send; else all but the time column.")
     ] = None,
-    delimiter: Annotated[str | None, typer.Option("--delimiter", metavar="CHAR", help="Of a CSV file; else comma.")] = (
-        None
-    ),
+    delimiter: Annotated[
+        str | None, typer.Option("--delimiter", metavar="CHAR", help="Of a CSV file, \\t for a tab; else comma.")
+    ] = (None),
     decimal_point: Annotated[
         str | None, typer.Option("--decimal-point", metavar="CHAR", help="Of a CSV file's numbers; else a dot.")
     ] = None,
@@ -59,7 +59,7 @@ def replay(
     """
     logs.configure(verbose=verbose)
     with extras.imports("edge", "headwater simulate replay"):
-        from headwater.place import data_folder, find_broker
+        from headwater.place import data_folder
         from headwater.replay import ReplayOptions, run_replay
 
     options = ReplayOptions(
@@ -74,14 +74,15 @@ def replay(
         speed=speed,
         loop=loop,
         keep_timestamps=keep_timestamps,
-        broker=find_broker(broker, data, os.environ),
+        broker=_broker(broker, data),
         folder=data_folder(data, os.environ) / "simulate" / device,
     )
     result = run_replay(options)
     if json:
         output.say_json(result)
     else:
-        output.say(f"{result.rows_accepted:,} rows accepted, {result.rows_waiting:,} of them not acknowledged yet")
+        dropped = f", {result.rows_dropped:,} dropped" if result.rows_dropped else ""
+        output.say(f"{result.rows_accepted:,} rows accepted{dropped}; {result.rows_waiting:,} wait for the lake")
     if result.rows_waiting:
         raise typer.Exit(Exit.UNAVAILABLE)
 
@@ -115,12 +116,11 @@ def swarm(
     """
     logs.configure(verbose=verbose)
     with extras.imports("simulators", "headwater simulate swarm"):
-        from headwater.place import find_broker
         from headwater.signals import stopping_loop
         from simulators.swarm import SwarmReport, SwarmSettings, new_swarm
 
     settings = SwarmSettings(
-        broker=find_broker(broker, data, os.environ),
+        broker=_broker(broker, data),
         devices=devices,
         readings_per_s=rate,
         seconds=seconds,
@@ -144,3 +144,16 @@ def swarm(
         output.say_pairs(output.fields_of(report))
     if report.rows_unacknowledged:
         raise typer.Exit(Exit.UNAVAILABLE)
+
+
+def _broker(option: str | None, data: str | None) -> str:
+    """The broker that is meant; where that is one of a stack that is stopped, with a note."""
+    from headwater.place import BROKER_VARIABLE, data_folder, find_broker, is_stopped, read_record
+
+    url = find_broker(option, data, os.environ)
+    if not (option or os.environ.get(BROKER_VARIABLE)):
+        folder = data_folder(data, os.environ)
+        record = read_record(folder)
+        if record is not None and record.broker_kind != "external" and (stopped := is_stopped(folder)):
+            output.complain(f"note: {stopped}")
+    return url

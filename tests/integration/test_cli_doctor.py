@@ -17,7 +17,7 @@ from headwater.checks.findings import Finding, Verdict
 from headwater.checks.store import check_store
 from headwater.doctor import examine, verdict_of
 from headwater.lake_access import store_settings
-from headwater.place import LakePlace, StackRecord, record_path
+from headwater.place import DevicePlace, LakePlace, StackRecord, record_path
 from headwater.stack.broker import MosquittoSettings
 from headwater.stack.folder import DataFolder
 from lake.store import StoreSettings
@@ -115,6 +115,30 @@ def test_a_stopped_stack_is_told_to_be_started(tmp_path: Path) -> None:
         found = remedies()
     assert f"{tmp_path}/logs/broker.log" in found["broker.connect"]
     assert f"{tmp_path}/logs/store.log" in found["store.put_get"]
+
+
+def test_what_asks_a_stopped_stack_says_that_it_is_stopped(tmp_path: Path) -> None:
+    """Mutants tried: only that nobody answers, once for each device."""
+    device = DevicePlace(name="d", config="none", socket=str(tmp_path / "d.sock"), buffer="none")
+    record = StackRecord(
+        pid=1,
+        broker=f"mqtt://127.0.0.1:{free_port()}",
+        broker_kind="iotcore",
+        lake=LakePlace(url="s3://headwater/lake", embedded=True),
+        http="http://127.0.0.1:8080",
+        devices=(device, device),
+        logs=str(tmp_path),
+    )
+    record_path(tmp_path).write_bytes(msgspec.json.encode(record))
+    stopped = f"the stack over {tmp_path} is stopped; start it: headwater up --data {tmp_path}\n"
+    status = headwater("agent", "status", "--data", str(tmp_path))
+    assert (status.returncode, status.stdout, status.stderr) == (3, "", f"error: {stopped}")
+    swarm = headwater("simulate", "swarm", "--devices", "1", "--rate", "1", "--data", str(tmp_path))
+    assert (swarm.returncode, swarm.stdout) == (3, "")
+    assert swarm.stderr.startswith(f"note: {stopped}error: ")
+    with DataFolder(tmp_path):
+        status = headwater("agent", "status", "--data", str(tmp_path))
+    assert (status.returncode, status.stderr.count("no agent answers on")) == (3, 2)
 
 
 @pytest.mark.timeout(200)

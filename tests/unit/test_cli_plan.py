@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shlex
 import threading
 import tomllib
 from pathlib import Path
@@ -19,7 +20,7 @@ from edge_agent.sensors.registry import create_sensor
 from edge_agent.settings import AgentSettings
 from edge_agent.settings import parse_settings as parse_agent
 from gateway.settings import parse_settings as parse_gateway
-from headwater import place, plan, toml
+from headwater import place, plan, running, toml
 from headwater.plan import UpOptions
 from headwater.turn import TurnNotCome, turn
 
@@ -164,6 +165,29 @@ def test_a_file_is_taken_as_the_driver_takes_it(name: str, content: bytes, tmp_p
 )
 def test_streams_of_files_have_allowed_names(name: str, stream: str) -> None:
     assert plan.stream_name(Path(name)) == stream
+
+
+def test_what_up_tells_to_type_can_be_typed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutants tried: names in quotes inside quotes; a folder with a space as it is."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "My-Pump.csv"
+    file.write_text("ts,a\n2026-01-01,1\n")
+    folder = tmp_path / "a b" / "headwater-data"
+    options = UpOptions(data=folder, recordings=str(file))
+    device = place.DevicePlace(name="replay-001", config="", socket="", buffer="")
+    found = msgspec.structs.replace(record(tmp_path), devices=(device,))
+    running.introduce(options, found, [])
+    typed = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  headwater ")]
+    data = ["--data", str(folder)]
+    assert typed == [
+        ["headwater", "lake", "streams", *data],
+        ["headwater", "lake", "head", "my-pump", *data],
+        ["headwater", "lake", "sql", 'SELECT _device, count(*) FROM "my-pump" GROUP BY ALL', *data],
+        ["headwater", "agent", "status", "--device", "replay-001", *data],
+    ]
+    assert place.data_option(tmp_path / "headwater-data") == ""
 
 
 def test_the_data_folder_is_the_option_or_the_variable_or_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from headwater.file_check import FileRefused, comma_numbers, in_words_of_the_command
-from headwater.replay import ReplayOptions, run_replay
+from headwater.replay import ReplayOptions, replay_config, run_replay
 
 ROWS = "t,a\n1,2\n3,x\n"
 
@@ -40,6 +40,13 @@ def test_a_file_that_is_not_as_described_is_said_once_and_with_the_commands_opti
     assert "driver" not in said
     assert not (tmp_path / "data").exists()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("\\t", "\t"), ("\t", "\t"), (";", ";"), ("", "")])
+def test_a_tab_may_be_typed_as_in_most_languages(typed: str, meant: str, tmp_path: Path) -> None:
+    given = {"path": "f.csv", "device": "d", "stream": "s", "time_column": "t", "broker": "mqtt://b"}
+    config = replay_config(ReplayOptions(**given, delimiter=typed, folder=tmp_path))  # type: ignore[arg-type]
+    assert config["streams"]["s"]["options"]["delimiter"] == meant
 
 
 def test_what_is_quoted_is_no_option_and_what_the_command_lacks_is_pointed_to() -> None:
