@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -255,10 +255,7 @@ class Sender:
         share = 1.0 if live else self._settings.backlog_share
         if batches and batches >= max(1, int(self._settings.window_batches_max * share)):
             return None
-        self._rng.shuffle(lanes)
-        if first := self._waiting_for_room.get(live):
-            lanes.sort(key=lambda lane: (lane.stream, lane.epoch) != (first.stream, first.epoch))
-        for lane in lanes:
+        for lane in self._in_any_order(lanes, self._waiting_for_room.get(live)):
             batch = self._candidate(lane)
             if batch is not None:
                 if batches and size + batch.body_bytes > self._settings.window_bytes_max * share:
@@ -267,6 +264,17 @@ class Sender:
                 self._waiting_for_room.pop(live, None)
                 return batch
         return None
+
+    def _in_any_order(self, lanes: list[_Lane], first: Stored | None) -> Iterator[_Lane]:
+        """The lanes shuffled, that of `first` in front; drawn one by one, because most often the first is taken."""
+        at = (
+            next((i for i, lane in enumerate(lanes) if (lane.stream, lane.epoch) == first[:2]), None) if first else None
+        )
+        while lanes:
+            at = self._rng.randrange(len(lanes)) if at is None else at
+            lanes[at], lanes[-1] = lanes[-1], lanes[at]
+            yield lanes.pop()
+            at = None
 
     def _needs_the_line(self, *, live: bool) -> bool:
         """Whether fresh data waits that does not fit beside what draining epochs may have on the way."""

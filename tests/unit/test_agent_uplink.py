@@ -228,6 +228,19 @@ def test_a_batch_too_large_for_the_broker_does_not_hold_up_other_streams(bench: 
     assert buffer.floor("s", live(buffer)) == 1
 
 
+def test_a_batch_too_large_for_the_broker_takes_no_room_in_the_window(bench: Benches) -> None:
+    """Mutants tried: its bytes counted as on the way until the ack timeout."""
+    buffer = new_buffer()
+    buffer.append("s", bytes(100_000), 1, CLOCK)
+    one = bench(buffer, window_bytes_max=64 * 1024, ack_timeout_s=3_000.0, ack_timeout_max_s=3_000.0)
+    connection = one.start()
+    connection.say(Ready(1_000))
+    wait_until(lambda: Kind.PAYLOAD_TOO_LARGE in one.kinds(), "reported")
+    fill(buffer, 2, "t")
+    one.uplink.stored(new_lane=True)
+    wait_until(lambda: connection.batches() == [("t", 1), ("t", 2)], "the other stream is sent")
+
+
 def test_another_client_with_this_name_is_noticed_by_its_presence(bench: Benches) -> None:
     """Most brokers end the older connection without a word.
 
