@@ -1,6 +1,6 @@
 """Releases that come and go under a gateway that watches: figures, accuracy and trainings keep to what is at work.
 
-Mutants tried, each made a test here fail: gauges that are only ever set; accuracy of the release that a training would
+Mistakes that a test here is for: gauges that are only ever set; accuracy of the release that a training would
 replace; schedule and volume counted from the release alone; alerts closed by any gateway; labels joined with the
 latest windows of all devices; NaN taken for a label; a connection kept; a bound for each model.
 """

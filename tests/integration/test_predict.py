@@ -5,7 +5,7 @@ means with numpy.
 
 Mutants tried, each made a test fail: reading on from the first row that is not done; no look at what runs over a span
 wrote; progress moved by a run over a span; a partly read batch counted as done; no counter of runs;
-the row within the batch ignored when cutting goes on; a span that ends at the first row behind it.
+the row within the batch ignored when cutting goes on.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prediction over HTTP where the lake is away, or somebody means harm: no server but aiohttp's, no model.
 
-Mutants tried, each made a test here fail: ready whatever the lake says; a body unpacked before it is measured.
+Mistakes that a test here is for: ready whatever the lake says; a body unpacked before it is measured.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Labels are about a stream and devices that the lake knows, or were meant to be about others.
 
-Mutants tried, each made a test here fail: streams that only a release eats unknown; devices of another stream known;
+Mistakes that a test here is for: streams that only a release eats unknown; devices of another stream known;
 shard counters taken for devices.
 """
 

@@ -1,6 +1,6 @@
 """When it is time to learn again.
 
-Mutants tried, each made a test here fail: age counted from the release alone; rows counted that nobody knows the start
+Mistakes that a test here is for: age counted from the release alone; rows counted that nobody knows the start
 of.
 """
 

@@ -1,6 +1,6 @@
 """Predictions as they arrive: each once, commit by commit, whatever fails on the way.
 
-Mutants tried, each made a test here fail: a commit counted as given before its files are read; skipped ones counted
+Mistakes that a test here is for: a commit counted as given before its files are read; skipped ones counted
 at each call; all that is new read before the first is given; no look whether the table is still the same.
 """
 

@@ -1,7 +1,6 @@
 """What a gateway remembers of releases at work.
 
-Mutants tried, each made a test here fail: the release with the latest `ts` is taken for the newest; no bound of
-releases per device; features kept whatever their number; the ring given as it lies in memory.
+Mutants tried, each made a test here fail: the release with the latest `ts` is taken for the newest.
 """
 
 from __future__ import annotations

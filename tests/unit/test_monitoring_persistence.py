@@ -1,7 +1,7 @@
 """Neighbouring windows that are alike: how many count as one, and that nothing is raised by them.
 
-Mutants tried, each made a test here fail: labels not told apart; no correction for short series; sums not divided;
-slack the same for each baseline; windows counted as independent where they only overlap by half.
+Mutants tried, each made a test here fail: labels not told apart; sums not divided; windows counted as independent where
+they only overlap by half.
 """
 
 from __future__ import annotations
