@@ -133,6 +133,7 @@ class Stack:
 
     def _start_servers(self) -> None:
         """Choose the ports, write down where everything is, and start all but the devices."""
+        self._refuse_taken_port()
         specs: list[ChildSpec] = []
         lake, table = self._lake(specs)
         self.store = lake
@@ -263,14 +264,18 @@ class Stack:
         specs.append(broker.spec())
         return broker.url, kind
 
+    def _refuse_taken_port(self) -> None:
+        """The port that was asked for, or none: who names one has told others. Before anything is started."""
+        wanted = self.options.port
+        if wanted and not is_free(wanted):
+            raise ConfigurationError(
+                f"--port {wanted} is taken{listener(wanted)}; stop that, or choose another (0 takes a free one)"
+            )
+
     def _http_port(self) -> int:
-        """The port that was asked for, or none: who names one has told others. Unasked, any will do."""
+        """The port that was asked for; unasked, any will do."""
         wanted = self.options.port
         if wanted:
-            if not is_free(wanted):
-                raise ConfigurationError(
-                    f"--port {wanted} is taken{listener(wanted)}; stop that, or choose another (0 takes a free one)"
-                )
             return wanted
         port = self._book.claim({"http": HTTP_PORT if wanted is None else None})["http"]
         if wanted is None and port != HTTP_PORT:
