@@ -112,7 +112,7 @@ class Ingress:
             batch = decode_body(sealed.body, sealed.envelope, self._limits)
         except Rejected as refusal:
             self._metrics.refused.labels(str(refusal.reason)).inc()
-            return refusal
+            return refusal.with_traceback(None)  # it is kept until the commit, and would keep frames and views alive
         self._metrics.received_batches.inc()
         self._metrics.received_rows.inc(batch.num_rows)
         return batch

@@ -252,10 +252,11 @@ def _moved(buffer: bytearray, used: int, end: int) -> tuple[bytearray, int]:
     """The buffer with what is left of it in front, and room behind: twice as large where a packet fills it."""
     left = end - used
     if left == len(buffer):
-        buffer.extend(bytes(len(buffer)))
-    elif len(buffer) > READ_BYTES and left < READ_BYTES:
+        # Not extend: it fails while somebody, such as the frames of an exception, still has a view of the buffer.
+        return buffer + bytes(len(buffer)), left
+    if len(buffer) > READ_BYTES and left < READ_BYTES:
         return bytearray(buffer[used:end]).ljust(READ_BYTES, b"\0"), left
-    elif used:
+    if used:
         buffer[:left] = buffer[used:end]
     return buffer, left
 
