@@ -363,7 +363,7 @@ def test_systemd_hears_ready_alive_and_stopping(agent_of: Agents, mosquitto: Bro
 def test_systemd_hears_that_a_damaged_buffer_takes_its_time(
     agent_of: Agents, mosquitto: BrokerServer, tmp_path: Path
 ) -> None:
-    """Ended by TimeoutStartSec in the middle, saving it would begin again for ever. Mutants tried: told by nobody."""
+    """Ended by TimeoutStartSec in the middle, saving it would begin again for ever."""
     agent = agent_of(mosquitto.url, "patient", NUMBERS, environment={"NOTIFY_SOCKET": str(tmp_path / "n")})
     path = agent.buffer
     clock = DeviceClock("ab" * 16, lambda: True)

@@ -196,7 +196,7 @@ def test_no_more_messages_are_on_the_way_than_the_broker_allows() -> None:
 def test_no_more_bytes_are_on_the_way_than_memory_and_a_slow_line_bear() -> None:
     """A broker that reads slowly, or not at all; one message of any size always may be on the way.
 
-    Mutants tried: messages counted, and not their bytes.
+    Before: messages were counted, and not their bytes.
     """
     large = bytes(PUBLISHES_BYTES_MAX + 1)
     with ScriptedBroker(CONNACK, suback(1), suback(2), suback(3), suback(4)) as broker:

@@ -238,8 +238,7 @@ def break_the_root(path: Path) -> None:
 def test_an_epoch_lost_with_its_file_is_told_with_how_far_it_went(path: Path, in_use: bool) -> None:
     """No later batch of it will ever show that its last ones are missing.
 
-    Mutants tried: an epoch of which nothing was saved forgotten; its end taken from what was saved; last numbers not
-    written down when the buffer is closed.
+    Before: an epoch of which nothing was saved was forgotten.
     """
     buffer = buffer_at(path)
     epoch = [buffer.append("a", body(seq), seq, Hands()()).epoch for seq in range(1, 101)].pop()
@@ -268,7 +267,7 @@ def test_an_epoch_lost_with_its_file_is_told_with_how_far_it_went(path: Path, in
 def test_saving_a_damaged_file_is_seen_to_go_on_at_opening_and_in_use(path: Path) -> None:
     """It takes minutes where the buffer is large, and whoever waits for it has to know that it does not hang.
 
-    Mutants tried: told only at its end.
+    A start that was silent meanwhile was ended by the service manager.
     """
     epoch = filled(path, 200)
     break_the_tree(path)

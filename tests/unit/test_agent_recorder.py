@@ -244,7 +244,7 @@ def test_a_disk_that_has_room_for_little_at_a_time_gets_little_at_a_time(bench: 
     """When a full disk was drained, the log still has room for a few batches only; all that had piled up in memory in
     one step was refused for ever.
 
-    Mutants tried: the same step tried again and again; small steps kept for good.
+    Before: the same step was tried again and again.
     """
     disk = Disk()
     disk.refuses = True

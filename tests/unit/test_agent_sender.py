@@ -124,7 +124,7 @@ def test_a_backlog_is_split_after_the_first_ack_and_fresh_batches_go_first() -> 
 
 
 def test_a_second_outage_before_the_first_backlog_is_through_does_not_hold_fresh_batches_back() -> None:
-    """Mutants tried: one draining epoch at a time; any number of them."""
+    """Before: one draining epoch at a time."""
     buffer = new_buffer()
     sender = new_sender(buffer)
     for number in range(DRAINING_EPOCHS_MAX + 2):
@@ -160,7 +160,7 @@ def test_an_ack_that_the_disk_refused_has_changed_nothing(monkeypatch: pytest.Mo
 
 
 def test_a_batch_larger_than_the_window_is_sent_although_others_never_leave_the_line_empty() -> None:
-    """Mutants tried: smaller ones let past it."""
+    """Before: smaller ones were let past it."""
     buffer = MemoryBuffer({}, 1 << 30)
     streams = ["a", "b", "c"]
     for stream in streams:
@@ -176,7 +176,7 @@ def test_a_batch_larger_than_the_window_is_sent_although_others_never_leave_the_
 
 
 def test_a_large_fresh_batch_is_sent_although_a_backlog_drains() -> None:
-    """Mutants tried: the backlog not held back for it."""
+    """Before: the backlog was not held back for it."""
     buffer = MemoryBuffer({}, 1 << 30)
     for _ in range(150):
         buffer.append("s", BODY, 1, CLOCK)
@@ -211,7 +211,7 @@ def test_what_is_on_the_way_is_counted_right_through_acks_rewinds_and_resends() 
 
 
 def test_a_timeout_counts_only_for_what_has_reached_the_broker() -> None:
-    """Mutants tried: any answer of the broker taken for the answer to the oldest batch."""
+    """Before: counted from the handing over."""
     buffer = MemoryBuffer({}, 1 << 30)
     sender = Sender(buffer, SenderSettings(ack_timeout_s=1.0), random.Random(1))
     buffer.append("s", BODY, 1, CLOCK)

@@ -229,7 +229,7 @@ def test_what_cannot_be_kept_is_not_put_in_force(bench: Bench, monkeypatch: pyte
 def test_what_could_not_be_kept_is_put_in_force_when_the_disk_takes_it(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The broker brings it once a connection. Mutants tried: forgotten; saved although a newer one came meanwhile."""
+    """The broker brings it once a connection."""
 
     def refuse(_: object) -> None:
         raise RemoteConfigUnavailableError("the disk refuses")

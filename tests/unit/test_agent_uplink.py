@@ -367,7 +367,7 @@ def test_a_mistake_in_the_uplink_ends_its_thread_without_a_goodbye(bench: Benche
 def test_what_was_sent_and_then_evicted_is_not_remembered(bench: Benches, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a gateway for days, each round of sending would add to what waits for its ack.
 
-    Mutants tried: nothing forgotten but what is acknowledged.
+    Before: nothing was forgotten but what is acknowledged.
     """
     monkeypatch.setattr(uplink_module, "SPLIT_S", 0.01)
     size = len(body())
@@ -385,7 +385,7 @@ def test_what_was_sent_and_then_evicted_is_not_remembered(bench: Benches, monkey
 def test_what_has_not_reached_the_broker_yet_is_not_sent_again(bench: Benches) -> None:
     """A line slower than `ack_timeout_s` for a batch would else carry the same batches for ever.
 
-    Mutants tried: ack timeouts counted from the handing over.
+    Before: ack timeouts counted from the handing over.
     """
     buffer = new_buffer()
     one = bench(buffer, ack_timeout_s=0.1, ack_timeout_max_s=0.1)

@@ -118,7 +118,7 @@ def test_a_batch_that_cannot_be_read_does_not_hold_up_other_streams(bench: Bench
 def test_a_disk_that_refuses_a_new_epoch_delays_that_stream_and_no_other(
     bench: Benches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Mutants tried: the connection given up; the unproven epoch sent all the same."""
+    """Before: the connection was given up."""
     monkeypatch.setattr(uplink_module, "TROUBLE_S", 0.01)
     buffer = FailingBuffer({}, 1 << 20)
     old = fill(buffer, 3)

@@ -149,7 +149,7 @@ def test_readings_are_stamped_and_taken_at_the_rate() -> None:
 
 
 def test_what_of_the_driver_runs_is_seen_while_it_runs_the_first_time_too() -> None:
-    """A driver that never returns can only be seen from outside. Mutants tried: shown after the step."""
+    """A driver that never returns can only be seen from outside."""
     seen: list[tuple[str, int | None, float | None]] = []
 
     def look() -> int:

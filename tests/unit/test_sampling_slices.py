@@ -34,7 +34,7 @@ def block(number: int) -> pa.RecordBatch:
 def test_few_rows_kept_of_a_block_do_not_keep_the_block(settings: Sampling) -> None:
     """They may wait for an hour until their batch is full.
 
-    Mutants tried: slices, in each of the modes.
+    Before: slices, in each of the modes.
     """
     mode: Mode = build_mode(settings, SCHEMA)
     kept = [sample for number in range(50) for sample in mode.feed(block(number))]
