@@ -147,7 +147,7 @@ def test_a_file_that_devices_could_not_replay_is_refused_before_anything_starts(
     [
         ("x.csv", b"\xef\xbb\xbfts,a\n2026-01-01,1\n"),
         ("X.TSV", b"ts\ta\n2026-01-01\t1\n"),
-        ("x.csv.gz", gzip.compress(b"ts,a\n2026-01-01,1\n")),
+        ("x.csv.gz", gzip.compress(b"ts,a\n2026-01-01,1\n", mtime=0)),
         ("x.csv", b"ts,a\r\n2026-01-01,NaN\r\n2026-01-01,\r\n"),
     ],
 )
