@@ -12,6 +12,7 @@ up to a bound that it reaches within hours, and the store's memory is Go's.
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import subprocess
 import sys
@@ -105,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--data", type=Path, help="an empty folder; a temporary one without")
     asked = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as at Ctrl-C, the demo ends with us
     with tempfile.TemporaryDirectory() as spare:
         folder: Path = asked.data or Path(spare) / "soak"
         folder.mkdir(parents=True, exist_ok=True)
