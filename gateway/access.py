@@ -18,13 +18,11 @@ from gateway.registry import PATH as DEVICES_PATH
 from gateway.registry import SCHEMA as DEVICES_SCHEMA
 from gateway.settings import LakeSettings
 from lake.credentials import require_credentials
-from lake.duck import QuerySettings
 from lake.monitoring.alerts import PATH as ALERTS_PATH
 from lake.monitoring.alerts import SCHEMA as ALERTS_SCHEMA
 from lake.monitoring.triggers import PATH as TRIGGERS_PATH
 from lake.monitoring.triggers import SCHEMA as TRIGGERS_SCHEMA
 from lake.quarantine import QuarantineTable as LakeQuarantine
-from lake.query import Lake
 from lake.raw import RawTable
 from lake.releases import Releases
 from lake.rollouts import PATH as ROLLOUTS_PATH
@@ -35,8 +33,6 @@ from lake.tables import ControlTable
 _log = structlog.get_logger()
 
 Handle = TypeVar("Handle")
-QUERY_BYTES_MAX = 512 * 1024 * 1024
-"""What DuckDB may use in a gateway."""
 LOOK_INTERVAL_S = 1.0
 """The credentials file is looked at this often, and only when the lake is used."""
 
@@ -149,10 +145,6 @@ class LakeAccess:
     def open_triggers(self) -> ControlTable:
         """A handle of `control/triggers`; touches nothing yet."""
         return ControlTable(self.store, TRIGGERS_PATH, TRIGGERS_SCHEMA)
-
-    def open_lake(self) -> Lake:
-        """SQL over the lake, small: it runs beside committing batches."""
-        return Lake(self.store, QuerySettings(memory_bytes_max=QUERY_BYTES_MAX, threads_max=1))
 
     def _renew(self) -> None:
         stamp = self._look()

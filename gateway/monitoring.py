@@ -18,13 +18,12 @@ from contract.errors import HeadwaterError, TemporaryError
 from contract.names import shard_of
 from gateway.access import Kept, LakeAccess
 from gateway.ingress import wall_us
+from gateway.judging import Question, ask
 from gateway.learning import Learning
 from gateway.metrics import GatewayMetrics
 from gateway.release_gauges import ReleaseGauges
 from gateway.settings import MonitoringSettings
 from gateway.watch import LakeHealth, WatchedThread
-from lake.errors import UnknownStreamError
-from lake.monitoring.accuracy import accuracy_of
 from lake.monitoring.alerts import (
     CLOSED,
     SILENT_H,
@@ -47,6 +46,8 @@ _log = structlog.get_logger()
 
 MODELS_MAX = 64
 RETRY_MAX_S = 60.0
+JUDGING_S_MIN = 60.0
+"""Working out accuracy may take this long, or `accuracy_interval_s` where that is longer."""
 BUSY_SHARE_MAX = 0.25
 """Part of the interval that measuring may take; who is left over comes first at the next look."""
 
@@ -320,20 +321,23 @@ class Monitoring:
             return
         self.thread.beat()
         since_us = self._clock_us() - round(self._settings.accuracy_hours * 3600e6)
-        lake = self._access.open_lake()
-        try:
-            told = accuracy_of(
-                lake,
-                model,
-                watched.recipe.labels,
-                watched.manifest.stream,
-                since_us,
-                self._settings.accuracy_rows_max,
-            )
-        except UnknownStreamError:
-            return  # no labels, or no predictions, yet
-        finally:
-            lake.close()  # or DuckDB keeps what it has read for as long as the gateway runs
+        question = Question(
+            store=self._access.store.settings,
+            model=model,
+            labels=watched.recipe.labels,
+            stream=watched.manifest.stream,
+            since_us=since_us,
+            rows_max=self._settings.accuracy_rows_max,
+        )
+        answer = ask(
+            question,
+            self.thread.beat,
+            self._stopping.is_set,
+            max(JUDGING_S_MIN, self._settings.accuracy_interval_s),
+        )
+        if answer is None or answer.told is None:
+            return  # the gateway stops; or there are no labels, or no predictions, yet
+        told = answer.told
         self._gauges.show_accuracy(model, told)
         changes: list[tuple[str, Finding]] = []
         for found in told:

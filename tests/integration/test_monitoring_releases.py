@@ -13,7 +13,6 @@ import pyarrow as pa
 import pytest
 
 from contract.batches import TS_TYPE
-from gateway.access import LakeAccess
 from gateway.settings import MonitoringSettings
 from lake.monitoring.triggers import TriggerEvent
 from lake.query import Lake
@@ -150,27 +149,24 @@ def test_labels_of_one_device_find_their_windows_among_later_ones_of_all(store, 
     assert figure(watching, "model_label_coverage", model=MODEL, release="1") == pytest.approx(99 / 1_900)
 
 
-def test_what_sql_needs_for_accuracy_is_given_back_at_once(store, world, clock, monkeypatch):
+def test_a_gateway_asks_no_sql_itself(store, world, clock, monkeypatch):
+    """DuckDB keeps something of every file it has looked at for as long as its process lives."""
     release(store, reference(world))
-    fleet(store, world)
-    opened, closed = [], []
-    monkeypatch.setattr(LakeAccess, "open_lake", counting(LakeAccess.open_lake, opened))
-    monkeypatch.setattr(Lake, "close", counting(Lake.close, closed))
+    devices = fleet(store, world)
+    monkeypatch.setattr(Lake, "__init__", refuse)
     watching = gateway(store, clock, settings=ACCURATE)
     watching.look()  # there are no labels yet
-    labelled(store, "watch-1", [(NOW_US, "run"), (NOW_US + 60_000_000, "run")])
+    assert figure(watching, "model_accuracy", model=MODEL, release="1") is None
+    begin, end = labelled_run(store, devices["watch-1"], 100)
+    labelled(store, "watch-1", [(begin, "run"), (end, "run")])
     watching._judged_s = None
     watching.look()
     assert figure(watching, "model_accuracy", model=MODEL, release="1") is not None
-    assert len(opened) == len(closed) == 2
+    assert figure(watching, "monitoring_failures") == 0
 
 
-def counting(method, calls):
-    def counted(self):
-        calls.append(self)
-        return method(self)
-
-    return counted
+def refuse(*_, **__):
+    raise AssertionError("DuckDB is opened in the gateway")
 
 
 def test_all_models_share_the_bound_of_devices(store, world, clock):
