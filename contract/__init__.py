@@ -46,7 +46,7 @@ A batch on the wire
 
     payload  = envelope-frame body
     envelope-frame = 50 2A 4D 18, length (u32, little endian), envelope        a zstd skippable frame (RFC 8878, 3.1.2)
-    envelope = MessagePack array [version = 2, device, stream, epoch (bin 16), seq, floor, rows, sent_at_us,
+    envelope = MessagePack array [version = 1, device, stream, epoch (bin 16), seq, floor, rows, sent_at_us,
                                   [synced (bool), wall_us, monotonic_us, boot (bin 16)], crc32]
     body     = one zstd frame, content size stated, around one Arrow IPC stream: schema, dictionaries if any,
                exactly one record batch, end of stream
@@ -58,8 +58,7 @@ written at each sending, because `floor` and `sent_at_us` change between sending
 `rows` counts the rows of the body. `sent_at_us` and `wall_us` are the device's wall clock in microseconds since 1970-01-01
 UTC. `synced, wall_us, monotonic_us, boot` describe the device's clocks when the batch was closed. `crc32` (ISO 3309) is
 taken over the body followed by all bytes of the envelope before it, and written as uint 32 (CE and four bytes, big
-endian): it tells damage on the way (send again) from a batch that was made wrong (quarantine). In envelopes of version 1,
-which gateways still read, it is taken over the body alone, so that a bit that flips in the epoch goes unnoticed.
+endian): it tells damage on the way (send again) from a batch that was made wrong (quarantine).
 
 Rules for the record batch:
 

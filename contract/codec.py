@@ -18,7 +18,7 @@ import zstandard
 
 from contract.batches import Clock, Envelope, check_envelope, check_rows, check_schema
 from contract.errors import Reason, Rejected
-from contract.limits import ENVELOPE_BYTES_MAX, ENVELOPE_VERSION, SCHEMA_BYTES_MAX, Limits
+from contract.limits import ENVELOPE_BYTES_MAX, PROTOCOL_VERSION, SCHEMA_BYTES_MAX, Limits
 
 SKIPPABLE_MAGIC = 0x184D2A50
 """First of the sixteen magic numbers of zstd skippable frames (RFC 8878, section 3.1.2)."""
@@ -112,7 +112,7 @@ def seal(envelope: Envelope, body: bytes) -> bytes:
     clock = envelope.clock
     written = _encode_envelope(
         _WireHead(
-            ENVELOPE_VERSION,
+            PROTOCOL_VERSION,
             envelope.device,
             envelope.stream,
             bytes.fromhex(envelope.epoch),
@@ -140,12 +140,11 @@ def unseal(payload: bytes) -> Sealed:
     """
     wire, start = _read_envelope(payload)
     body = payload[start:]
-    crc = found = zlib.crc32(body)
-    if wire.version != 1:
-        head, kind = payload[_HEADER.size : start - _CRC.size], payload[start - _CRC.size]
-        if kind != _UINT_32:
-            raise Rejected(Reason.BAD_ENVELOPE, f"the checksum begins with {kind:02x}, not ce: write it as uint 32")
-        found = zlib.crc32(head, crc)
+    head, kind = payload[_HEADER.size : start - _CRC.size], payload[start - _CRC.size]
+    if kind != _UINT_32:
+        raise Rejected(Reason.BAD_ENVELOPE, f"the checksum begins with {kind:02x}, not ce: write it as uint 32")
+    crc = zlib.crc32(body)
+    found = zlib.crc32(head, crc)
     if found != wire.crc32:
         raise Rejected(
             Reason.CHECKSUM_MISMATCH,
@@ -235,10 +234,10 @@ def _read_envelope(payload: bytes) -> tuple[_WireEnvelope, int]:
     head = payload[_HEADER.size : start]
     try:
         version = _decode_version(head).version
-        if not 1 <= version <= ENVELOPE_VERSION:
+        if version != PROTOCOL_VERSION:
             raise Rejected(
                 Reason.UNKNOWN_VERSION,
-                f"envelope of version {version}; this gateway reads 1 to {ENVELOPE_VERSION}: update one side",
+                f"envelope of version {version}; this gateway reads version {PROTOCOL_VERSION}: update one side",
             )
         return _decode_envelope(head), start
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

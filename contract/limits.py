@@ -9,8 +9,6 @@ from __future__ import annotations
 import msgspec
 
 PROTOCOL_VERSION = 1
-ENVELOPE_VERSION = 2
-"""What is written. Version 1, whose checksum leaves the envelope out, is read."""
 SHARDS = 64
 NAME_LENGTH_MAX = 63
 SEQ_MAX = 2**53 - 1
