@@ -24,7 +24,7 @@ from tests.rollout_devices import MODEL, SimulatedDevice, spec
 from tests.simulation import rollout_world as worlds
 from tests.simulation.rollout_world import BrokenPromiseError, S, World, run
 
-HISTORIES = 60
+HISTORIES = 120
 HUNT_MAX = 150
 """Histories in which a broken rule must show."""
 
