@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 
 from contract.names import shard_of
 from tests.integration.gateway_parts import ROOT, Devices, GatewayProcess, Lake, s3_environ, s3_lake
@@ -73,6 +74,9 @@ def test_two_gateways_over_the_same_shards_double_nothing(mosquitto, object_stor
         assert all(found["pending_bytes"] == 0 for found in met)
 
 
+Key, Rows = tuple[str, str, int], list[float]
+
+
 def test_a_table_that_is_restored_or_deleted_under_running_gateways_doubles_nothing_and_goes_on(mosquitto, tmp_path):
     """Nobody should do it so; who does loses what the copy lacks, no more.
 
@@ -86,23 +90,29 @@ def test_a_table_that_is_restored_or_deleted_under_running_gateways_doubles_noth
     ):
         lake, table = Lake.local(tmp_path / "lake"), tmp_path / "lake" / "raw" / devices.stream
 
-        def brought_in(batches: int) -> dict[tuple[str, str, int], list[float]]:
+        def brought_in(batches: int) -> dict[Key, Rows]:
             before = set(devices.accepted)
             devices.append_all(batches)
             devices.wait_drained()
             return {key: rows for key, rows in devices.accepted.items() if key not in before}
 
+        def check(surely: Mapping[Key, Rows], perhaps: Mapping[Key, Rows]) -> None:
+            """Each batch once. A gateway that was behind may bring in what it still held when the table was replaced."""
+            found = lake.batches(devices.stream)
+            assert surely.keys() <= found.keys() <= surely.keys() | perhaps.keys()
+            assert found == {key: devices.accepted[key] for key in found}
+
         kept = brought_in(3)
         shutil.copytree(table, tmp_path / "copy")
         gone = brought_in(3)
-        assert lake.batches(devices.stream) == kept | gone
+        check(kept | gone, {})
         shutil.rmtree(table)
         shutil.copytree(tmp_path / "copy", table)
         later = brought_in(5)
-        assert lake.batches(devices.stream) == kept | later
+        check(kept | later, gone)
         shutil.rmtree(table)
         last = brought_in(3)
-        assert lake.batches(devices.stream) == last
+        check(last, later)
 
 
 def test_sigterm_commits_what_is_pending_acknowledges_it_and_ends_with_0(mosquitto, tmp_path):
@@ -237,6 +247,7 @@ def test_credentials_that_rotate_need_no_restart(mosquitto, object_store, tmp_pa
 def test_a_thread_that_dies_ends_the_process_so_that_it_is_started_afresh(mosquitto, tmp_path):
     program = """
 import sys
+from collections.abc import Mapping
 from gateway.acknowledger import AckBook
 from gateway.__main__ import main
 def next_ack(self): raise RuntimeError("a bug in the acknowledger")
