@@ -38,6 +38,10 @@ STREAM = "vibration"
 BOOT = "cd" * 16
 
 
+START_S = 2 * PATIENCE_S
+"""Importing everything takes two seconds of CPU, and a machine that runs other tests may give it a tenth of a core."""
+
+
 class GatewayProcess:
     """One gateway in its own process, configured by a real gateway.toml; a context manager that kills it.
 
@@ -84,7 +88,12 @@ class GatewayProcess:
         self.port = 0
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            # Left alive it would listen to the broker of later tests, and take their batches into a lake of its own.
+            self.kill()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -99,7 +108,7 @@ class GatewayProcess:
             argv = (*bound, sys.executable, "-c", self._program, "--config", str(self.config))
             self._process = subprocess.Popen(argv, cwd=ROOT, env=self._environ, stdout=log, stderr=log)
         listening = wait_until(
-            lambda: self.events("http_listening")[seen:] or self._process.poll() is not None, PATIENCE_S, "it listens"
+            lambda: self.events("http_listening")[seen:] or self._process.poll() is not None, START_S, "it listens"
         )
         assert isinstance(listening, list), self.log.read_text()
         self.port = listening[-1]["port"]
@@ -107,7 +116,7 @@ class GatewayProcess:
             self.wait_ready()
 
     def wait_ready(self) -> None:
-        wait_until(lambda: self.get("/readyz")[0] == 200, PATIENCE_S, f"ready: {self.get('/readyz')}")
+        wait_until(lambda: self.get("/readyz")[0] == 200, START_S, f"ready: {self.get('/readyz')}")
         wait_until(lambda: self.get("/v1/devices?limit=1")[0] == 200, PATIENCE_S, "the register is read")
 
     @property

@@ -97,7 +97,7 @@ def test_a_table_that_is_restored_or_deleted_under_running_gateways_doubles_noth
             return {key: rows for key, rows in devices.accepted.items() if key not in before}
 
         def check(surely: Mapping[Key, Rows], perhaps: Mapping[Key, Rows]) -> None:
-            """Each batch once. A gateway that was behind may bring in what it still held when the table was replaced."""
+            """Each batch once. A gateway that is behind may bring in what it held when the table was replaced."""
             found = lake.batches(devices.stream)
             assert surely.keys() <= found.keys() <= surely.keys() | perhaps.keys()
             assert found == {key: devices.accepted[key] for key in found}
