@@ -44,20 +44,7 @@ class _WireClock(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     boot: bytes
 
 
-class _WireEnvelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    version: int
-    device: str
-    stream: str
-    epoch: bytes
-    seq: int
-    floor: int
-    rows: int
-    sent_at_us: int
-    clock: _WireClock
-    crc32: int
-
-
-class _WireHead(msgspec.Struct, frozen=True, array_like=True):
+class _WireHead(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """An envelope but for its checksum."""
 
     version: int
@@ -69,6 +56,10 @@ class _WireHead(msgspec.Struct, frozen=True, array_like=True):
     rows: int
     sent_at_us: int
     clock: _WireClock
+
+
+class _WireEnvelope(_WireHead, frozen=True, array_like=True, forbid_unknown_fields=True):
+    crc32: int
 
 
 class _WireVersion(msgspec.Struct, frozen=True, array_like=True):
