@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from typing import TypeAlias
 
 from contract.names import shard_of
 from tests.integration.gateway_parts import ROOT, Devices, GatewayProcess, Lake, s3_environ, s3_lake
@@ -74,7 +75,8 @@ def test_two_gateways_over_the_same_shards_double_nothing(mosquitto, object_stor
         assert all(found["pending_bytes"] == 0 for found in met)
 
 
-Key, Rows = tuple[str, str, int], list[float]
+Key: TypeAlias = tuple[str, str, int]
+Rows: TypeAlias = list[float]
 
 
 def test_a_table_that_is_restored_or_deleted_under_running_gateways_doubles_nothing_and_goes_on(mosquitto, tmp_path):
@@ -248,6 +250,7 @@ def test_a_thread_that_dies_ends_the_process_so_that_it_is_started_afresh(mosqui
     program = """
 import sys
 from collections.abc import Mapping
+from typing import TypeAlias
 from gateway.acknowledger import AckBook
 from gateway.__main__ import main
 def next_ack(self): raise RuntimeError("a bug in the acknowledger")
