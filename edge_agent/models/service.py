@@ -139,6 +139,8 @@ class ModelService:
         self._broken_factory: set[str] = set()
         self._loads = 0
         self._told: Mapping[str, ReportedModel] = {}
+        self._news = False
+        """Whether something is to be reported at the end of this round."""
         self.progress_s = clock.monotonic_s()
         """Monotonic time of the last round of the thread."""
 
@@ -291,7 +293,7 @@ class ModelService:
         for change in step.changes:
             self._changed_state(model, change)
         if isinstance(event, Repeated) and step.record.shown != record.shown:
-            self._changed()
+            self._news = True
 
     def _follow_retries(self, model: str, before: ModelRecord, event: Event) -> None:
         if isinstance(event, Later):
@@ -325,7 +327,7 @@ class ModelService:
             "disagreements": order.disagreements,
         }
         self._report(AgentEvent(Kind.MODEL_STATE, detail=detail))
-        self._changed()
+        self._news = True
 
     def _look_at(self, model: str) -> None:
         """Tell the record what time and windows have brought."""
@@ -471,6 +473,10 @@ class ModelService:
         told = {model: _reported(answering.get(model), record) for model, record in self._records.items()}
         self._told = told
         self._metrics.show(told, self._store.used_bytes(), self._engine.dropped)
+        if self._news:
+            # Not before: whoever is rung for comes at once, and would report what was.
+            self._news = False
+            self._changed()
 
     def _backoff(self) -> Backoff:
         return Backoff(self._settings.retry_base_s, self._settings.retry_max_s, self._rng)

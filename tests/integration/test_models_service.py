@@ -166,6 +166,18 @@ def test_a_forged_order_is_forgotten_when_the_proven_one_comes_again(bench) -> N
     assert (one.shown().state, one.changes) == (DeviceState.COMMITTED, before + 1)
 
 
+def test_whoever_is_told_of_a_change_finds_it_in_the_report(bench, monkeypatch) -> None:
+    """Else the fleet hears of it with the next report only, a minute later."""
+    one = bench(committed(5))
+    one.tasks.gate.set()
+    one.tasks.answer = opened_as(reason="bad_signature")
+    found = []
+    monkeypatch.setattr(one.service, "_changed", lambda: found.append(one.shown().sequence))
+    one.tell(assignment(1_000))
+    one.until(lambda: one.shown().sequence == 1_000, "the forged one is shown")
+    assert found == [1_000]
+
+
 def test_an_order_rejected_for_what_passes_is_asked_for_as_if_it_were_new(bench) -> None:
     record = msgspec.structs.replace(committed(5), passing=True)
     one = bench(record)

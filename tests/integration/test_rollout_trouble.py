@@ -466,6 +466,11 @@ def test_fifty_devices_get_a_release_though_the_gateway_is_killed_in_every_stage
     assert_made_once(fleet, rollout, names, stages=len(IN_PARTS), model="common")
     fleet.answer("common", 1, names)
     for group, members in fleet.groups.items():
-        active = {fleet.reported[name].models[group].active for name in members}
-        assert len(active) == 1
-        fleet.answer(group, active.pop(), members)
+        # A report may be on its way yet.
+        [active] = eventually(
+            lambda group=group, members=members: (
+                len(found := {fleet.reported[name].models[group].active for name in members}) == 1 and found
+            ),
+            f"all of {group} report one release",
+        )
+        fleet.answer(group, active, members)
