@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from gateway.intake import Malformed, packet_size, published
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=50)
+TOPICS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0#+"), min_size=1, max_size=50)
+"""Wildcards are for filters: the codec writes no such topic."""
 
 
 @st.composite
 def publishes(draw: st.DrawFn) -> mqtt5.PublishPacket:
     qos = draw(st.sampled_from([mqtt5.QoS.AT_MOST_ONCE, mqtt5.QoS.AT_LEAST_ONCE, mqtt5.QoS.EXACTLY_ONCE]))
     return mqtt5.PublishPacket(
-        draw(TEXT.filter(bool)),
+        draw(TOPICS),
         draw(st.binary(max_size=300)),
         qos=qos,
         packet_id=draw(st.integers(1, 65_535)) if int(qos) else None,
