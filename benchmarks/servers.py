@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,8 @@ from headwater.stack.supervisor import ChildSpec, Supervisor
 
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 60.0
-GATEWAY = "gateway"
+BROKER, STORE, GATEWAY = "broker", "store", "gateway"
+"""As the supervisor knows them."""
 
 
 class Usage(NamedTuple):
@@ -77,6 +79,16 @@ class BenchServers:
         )
         self.supervisor.start([broker.spec(), store.spec(), gateway], START_TIMEOUT_S)
 
+    def keep_to_first_core(self) -> None:
+        """Leave the other cores to what is started from now on; with one core alone, nothing."""
+        first, *others = sorted(os.sched_getaffinity(0))
+        if not others:
+            return
+        for name in (BROKER, STORE, GATEWAY):
+            for process in self._family(name):
+                for thread in process.threads():
+                    os.sched_setaffinity(thread.id, {first})
+
     def start(self, name: str, argv: tuple[str, ...]) -> None:
         """Start one more process."""
         spec = ChildSpec(name=name, argv=argv, log=self._log(name), cwd=ROOT, tier=30)
@@ -84,13 +96,16 @@ class BenchServers:
 
     def usage(self, name: str) -> Usage:
         """CPU time and memory of a process and its children."""
-        pid = self.supervisor.pid(name)
-        assert pid is not None, f"{name} does not run"
-        process = psutil.Process(pid)
-        family = [process, *process.children(recursive=True)]
+        family = self._family(name)
         times = [one.cpu_times() for one in family]
         cpu_s = sum(time.user + time.system for time in times)
         return Usage(cpu_s, sum(one.memory_info().rss for one in family) / 2**20)
+
+    def _family(self, name: str) -> list[psutil.Process]:
+        pid = self.supervisor.pid(name)
+        assert pid is not None, f"{name} does not run"
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
 
     def _part(self, name: str) -> Path:
         part = self._folder / name

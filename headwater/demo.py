@@ -19,7 +19,7 @@ from headwater.reconcile import Balance, balance
 from headwater.render import milliseconds
 from headwater.result import AckMs, Answer, DemoResult, StreamResult
 from headwater.running import introduce, sayer
-from headwater.signals import stopping
+from headwater.signals import ending_at_once, stopping
 from headwater.stack.folder import DataFolder
 from headwater.stack.supervisor import Supervisor
 from headwater.tally import arrivals, count_gaps, count_quarantined, moment, stream_names
@@ -50,9 +50,10 @@ def run_demo(options: UpOptions, environment: Mapping[str, str], *, json: bool) 
         else:
             introduce(options, record, stack.notes)
         totals, seconds, road = _send(stack, stop, options.seconds or 0.0, say, json=json)
-        say("counting")
+        say("counting; Ctrl-C ends it without a result")
         run = _Run(before, lanes_of(stack.places), totals, began_us, seconds, road)
-        result = _reconciled(stack, run)
+        with ending_at_once():
+            result = _reconciled(stack, run)
         stack.stop()
     if json:
         output.say_json(result)

@@ -71,6 +71,21 @@ def stopping(last_words: str = "") -> Iterator[Stop]:
 
 
 @contextmanager
+def ending_at_once() -> Iterator[None]:
+    """While inside, SIGINT and SIGTERM end this process as the kernel does, in the midst of a library's call, too.
+
+    A handler in Python would run only when that call is over, and a query over thousands of objects takes minutes.
+    Processes that it supervises are ended by the kernel then; nothing that counts is lost by that.
+    """
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def stopping_loop(stop: Callable[[], None]) -> Iterator[None]:
     """Within an event loop: the first SIGINT or SIGTERM calls `stop`, the second ends this process."""
     asked = False

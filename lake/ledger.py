@@ -22,6 +22,10 @@ class Table(Protocol):
     def version(self) -> int:
         """Number of the last check-and-set as of the last refresh."""
 
+    @property
+    def life(self) -> int:
+        """Another number whenever a refresh opened the table anew: it may be another one, restored or made again."""
+
     def refresh(self) -> None:
         """See the latest commit."""
 
@@ -45,6 +49,7 @@ class Ledger:
         self, open_table: Callable[[], Table], schema: pa.Schema, on_conflict: Callable[[], None] = lambda: None
     ) -> None:
         self._open_table, self._schema, self._on_conflict = open_table, schema, on_conflict
+        self._life = 0
         self._seen: tuple[int, list[Row]] = (0, [])
 
     @property
@@ -53,7 +58,7 @@ class Ledger:
         return self._seen[0]
 
     def look(self) -> list[Row]:
-        """All rows as of now, in the order of their commits.
+        """All rows as of now, in the order of their commits; the same list while they are the same.
 
         Raises:
             StoreUnavailableError: the store did not answer.
@@ -62,8 +67,9 @@ class Ledger:
 
     def _look(self, table: Table) -> list[Row]:
         table.refresh()
-        if table.version != self.version:
+        if (table.life, table.version) != (self._life, self.version):
             self._seen = table.version, rows_of(table.read())
+            self._life = table.life
         return self._seen[1]
 
     def act(self, decide: Callable[[list[Row]], Sequence[Row]]) -> list[Row]:

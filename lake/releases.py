@@ -185,6 +185,7 @@ class Releases:
         self.store = store
         self._now_us = now_us
         self._table = ControlTable(store, PATH, SCHEMA)
+        self._life = self._table.life
         self._book = ReleaseBook()
 
     def look(self) -> ReleaseBook:
@@ -194,7 +195,8 @@ class Releases:
             StoreUnavailableError: the store did not answer.
         """
         self._table.refresh()
-        if self._table.version != self._book.version:
+        if (self._table.life, self._table.version) != (self._life, self._book.version):
+            self._life = self._table.life
             self._book = fold(_events(rows_of(self._table.read())), self._table.version)
         return self._book
 

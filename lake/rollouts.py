@@ -330,6 +330,7 @@ class RolloutTable:
 
     def __init__(self, open_table: Callable[[], Table], on_conflict: Callable[[], None] = lambda: None) -> None:
         self._ledger = Ledger(open_table, SCHEMA, on_conflict)
+        self._rows: list[Row] = []
         self._book = RolloutBook()
 
     def look(self) -> RolloutBook:
@@ -364,9 +365,9 @@ class RolloutTable:
         added = self._ledger.act(lambda rows: rows_of(decide(self._folded(rows))))
         return self.look() if added else self._book
 
-    def _folded(self, rows: Iterable[Row]) -> RolloutBook:
-        if self._ledger.version != self._book.version:
-            self._book = fold(events_of(rows), self._ledger.version)
+    def _folded(self, rows: list[Row]) -> RolloutBook:
+        if rows is not self._rows:
+            self._rows, self._book = rows, fold(events_of(rows), self._ledger.version)
         return self._book
 
 

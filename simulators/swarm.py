@@ -8,6 +8,7 @@ tens of microseconds a batch. A killed swarm loses what was not acknowledged: ki
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import resource
 import ssl
@@ -95,8 +96,10 @@ class SwarmSettings(msgspec.Struct, frozen=True, kw_only=True):
                     f"--rate {self.readings_per_s:g} in batches of {self.rows} is {batches_per_s:,.0f} batches a "
                     f"second, and one process makes {BATCHES_PER_S_MAX:,} at most; raise --rows, or start more swarms"
                 )
-        if not self.seconds > 0:
+        if not 0 < self.seconds < math.inf:
             raise ConfigurationError(f"--seconds {self.seconds:g}; choose a number above 0")
+        if not 0 <= self.drain_timeout_s < math.inf:
+            raise ConfigurationError(f"--patience {self.drain_timeout_s:g}; choose seconds, 0 or more")
         if not self.waiting_batches_max > 0:
             raise ConfigurationError(f"waiting_batches_max = {self.waiting_batches_max}; choose 1 or more")
         for name in (f"{self.prefix}-00001", self.stream):

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import structlog
 
@@ -73,9 +72,9 @@ class Counters:
     disagreements: int = 0
 
     def latency_ms(self, quantile: float) -> float:
-        """Of the latest windows; 0 while there is none."""
-        latest = list(self.latencies_us)
-        return float(np.quantile(latest, quantile)) / 1000 if latest else 0.0
+        """Of the latest windows, by the nearest rank; 0 while there is none."""
+        latest = sorted(self.latencies_us)
+        return latest[math.ceil(quantile * len(latest)) - 1] / 1000 if latest else 0.0
 
 
 class Loaded:

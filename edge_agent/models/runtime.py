@@ -32,8 +32,9 @@ from edge_agent.models.onnx_head import opsets_of
 ERROR_CHARS_MAX = 300
 _FATAL_ONLY = 4
 """Of the runtime's own log: its errors arrive as exceptions."""
-_POLL_S = 0.1
-_IDLE_POLLS = 20
+_POLL_S = 0.25
+"""Of the watchdog while models run: a quarter of the shortest deadline, as each look may cost a sampler its moment."""
+_IDLE_POLLS = 8
 
 Floats = npt.NDArray[np.float32]
 

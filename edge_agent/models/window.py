@@ -1,12 +1,15 @@
 """Windows over a live stream, by the rule of `contract.models.Window`: readings in, complete windows out.
 
 One pass, no search: a reading costs one row written, a block one slice. The ring holds at most two windows and what one
-block adds in a step.
+block adds in a step. Single readings are only put aside until a window may be complete: what is done to many of them in
+a row costs a third, and it is time in which a sampler may have to wait for the interpreter.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +21,8 @@ from contract.names import TS
 from edge_agent import compute as pc
 from edge_agent.sensors.port import Reading, Sample
 
+READINGS_ASIDE_MAX = 32
+"""Single readings that wait for each other; what they take in memory as objects is bounded by it."""
 SLACK_ROWS_MIN = 1_024
 """Rows beyond a window that the ring holds before it moves the last ones to its beginning."""
 _EXACT_INT = 1 << 53
@@ -58,21 +63,33 @@ class WindowRing:
         self._due = window.rows
         """Readings of this run after which the next window is complete."""
         self._last_us: int | None = None
+        self._aside: deque[Reading] = deque()
+        """Single readings that are not in the ring yet."""
 
     def feed(self, sample: Sample) -> Iterator[Cut]:
         """Take a stamped reading or a record batch; the windows that it completes.
 
-        The iterator has to be used up: a block is taken as it is asked for.
+        The iterator has to be used up: what is taken is taken as it is asked for. What it raises of a reading that does
+        not fit may be of an earlier one, put aside; those after it are still there.
         """
         if isinstance(sample, Reading):
-            return self._feed_reading(sample)
-        return self._feed_block(sample)
+            self._aside.append(sample)
+            if len(self._aside) < min(self._due - self._in_run, READINGS_ASIDE_MAX):
+                return iter(())
+            return self._feed_readings()
+        return chain(self._feed_readings(), self._feed_block(sample))
 
     def reset(self) -> None:
-        """Begin a new run with the next reading."""
+        """Begin a new run with the reading after the one that did not fit."""
         self._last_us = None
 
-    def _feed_reading(self, reading: Reading) -> Iterator[Cut]:
+    def _feed_readings(self) -> Iterator[Cut]:
+        while self._aside:
+            self._take_reading(self._aside.popleft())
+            if self._in_run == self._due:
+                yield self._cut()
+
+    def _take_reading(self, reading: Reading) -> None:
         ts_us = reading.ts_us
         assert ts_us is not None
         last_us = self._last_us
@@ -94,8 +111,6 @@ class WindowRing:
         self._last_us = ts_us
         self._end += 1
         self._in_run += 1
-        if self._in_run == self._due:
-            yield self._cut()
 
     def _feed_block(self, block: pa.RecordBatch) -> Iterator[Cut]:
         if not block.num_rows:

@@ -118,7 +118,7 @@ class RolloutController:
         self._connected_s: float | None = None
         self._reconnected = self._everybody = False
         self._book = RolloutBook()
-        self._aimed: int | None = None
+        self._aimed: RolloutBook | None = None
         self._standings: Counter[Standing] = Counter()
         self._bell = threading.Event()
         self._stopping = threading.Event()
@@ -251,9 +251,9 @@ class RolloutController:
             if self._reconnected:
                 self._publisher.reconnected()
             self._everybody = self._reconnected = False
-        if self._aimed != self._book.version:
+        if self._aimed is not self._book:
             self._publisher.aim(Targets(self._book))
-            self._aimed = self._book.version
+            self._aimed = self._book
             everybody = True
         if everybody:
             self._publisher.look_at(device.name for device in self._fleet.everyone())

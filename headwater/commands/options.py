@@ -42,7 +42,7 @@ Keys = Annotated[
     ),
 ]
 By = Annotated[str | None, typer.Option("--by", metavar="NAME", help="Who does it, for the record; else your login.")]
-Why = Annotated[str, typer.Option("--why", metavar="TEXT", help="Why, for the record.")]
+Why = Annotated[str, typer.Option("--why", metavar="TEXT", help="Why, for the record; must be given.")]
 Config = Annotated[Path, typer.Option("--config", metavar="FILE", help="The configuration file.")]
 
 

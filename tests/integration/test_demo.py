@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from headwater.ledger import Totals
 from headwater.plan import UpOptions, plan_devices, write_recordings
 from headwater.values import compare
 from tests.integration.servers import BrokerServer, StoreServer
-from tests.integration.stacks import Running, headwater
+from tests.integration.stacks import Running, headwater, wait_gone
 
+COUNTING_S = 3.0
+"""After the last device has ended, the demo counts."""
 # As the issue that founded the project lists them.
 KEYS = (
     "rows_accepted rows_in_lake distinct lost duplicated gaps quarantined readings_per_s ack_ms wire_bytes_per_reading "
@@ -130,6 +133,23 @@ def test_ctrl_c_ends_a_demo_early_with_its_books(tmp_path: Path) -> None:
         assert running.interrupt() == 0
     assert running.lines[-1]["ok"] is True
     assert running.lines[-1]["seconds"] < 300
+
+
+@pytest.mark.timeout(200)
+def test_ctrl_c_while_a_demo_counts_ends_it_at_once(tmp_path: Path) -> None:
+    """Mutant tried: the signal only noted, as while devices send; or heard when the store has answered."""
+    with Running(tmp_path / "data", "demo", "--no-models", "--seconds", "3", "--devices", "1") as running:
+        running.up()
+        children = list(running.children().values())
+        devices = [pid for words, pid in running.children().items() if "agent.toml" in words]
+        os.kill(running.child("-logtostderr=true mini"), signal.SIGSTOP)  # so that counting takes long
+        wait_gone(devices)
+        time.sleep(COUNTING_S)
+        running.signal(signal.SIGINT)
+        assert running.end(10.0) == -signal.SIGINT  # 130 for a shell
+    assert running.complaints == ""
+    assert [line["event"] for line in running.lines] == ["up"]
+    wait_gone(children)
 
 
 def result_of(**changes: int) -> DemoResult:

@@ -90,10 +90,13 @@ row = st.fixed_dictionaries(
     gap=st.sampled_from([1, 2, 4, 8]),
     pieces=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     slack=st.sampled_from([1, 3, 1024]),
+    aside=st.sampled_from([1, 3, 32]),
 )
-@example(rows=[{"step": 1, "a": 0.1, "b": 2**60 + 1, "c": True}] * 9, size=3, stride=2, gap=1, pieces=[1], slack=1)
+@example(
+    rows=[{"step": 1, "a": 0.1, "b": 2**60 + 1, "c": True}] * 9, size=3, stride=2, gap=1, pieces=[1], slack=1, aside=2
+)
 def test_live_windows_equal_the_rule_and_the_trainers_in_whatever_pieces_the_readings_come(
-    rows, size, stride, gap, pieces, slack
+    rows, size, stride, gap, pieces, slack, aside
 ) -> None:
     ts, stamped = 1_700_000_000_000_000, []
     for each in rows:
@@ -102,6 +105,7 @@ def test_live_windows_equal_the_rule_and_the_trainers_in_whatever_pieces_the_rea
     window = Window(rows=size, stride=stride, gap_s=float(gap))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SLACK_ROWS_MIN", slack)
+        patch.setattr(module, "READINGS_ASIDE_MAX", aside)
         live = fed(stamped, window, pieces)
     same(live, by_the_rule(stamped, window))
     ts_us = np.array([each["ts"] for each in stamped], np.int64)
@@ -113,6 +117,23 @@ def test_a_window_is_its_own_memory_so_that_later_readings_do_not_change_it() ->
     ring = WindowRing(Window(rows=2, stride=1, gap_s=10), ["a"])
     cuts = [cut for n in range(5) for cut in ring.feed(Reading({"a": float(n)}, n))]
     assert [cut.values[0, :, 0].tolist() for cut in cuts] == [[0, 1], [1, 2], [2, 3], [3, 4]]
+
+
+def test_a_window_is_there_with_its_last_reading() -> None:
+    ring = WindowRing(Window(rows=100, stride=40, gap_s=10), ["a"])
+    found = [len(list(ring.feed(Reading({"a": 1.0}, n)))) for n in range(200)]
+    assert [n for n, count in enumerate(found) if count] == [99, 139, 179]
+
+
+def test_after_a_reading_that_does_not_fit_a_new_run_begins_with_the_next() -> None:
+    """Mutant tried: what was put aside after it forgotten."""
+    ring, cuts = WindowRing(Window(rows=4, stride=4, gap_s=10), ["a"]), []
+    for n in range(12):
+        try:
+            cuts += ring.feed(Reading({"a": "bad" if n == 2 else float(n)}, n))
+        except ValueError:
+            ring.reset()
+    assert [cut.values[0, :, 0].tolist() for cut in cuts] == [[3, 4, 5, 6], [7, 8, 9, 10]]
 
 
 def test_a_field_that_is_not_in_the_stream_any_more_is_nan() -> None:

@@ -8,6 +8,8 @@ never signed anew.
 
 from __future__ import annotations
 
+import shutil
+
 import msgspec
 import pytest
 from structlog.testing import capture_logs
@@ -90,6 +92,17 @@ def test_what_is_appended_is_read_back_by_everybody_in_order(tmp_path):
     found = [(row.sequence, row.place, row.event, row.who) for row in two.history()]
     assert found == [(1, 0, "created", "ada"), (1, 1, "started", "ada"), (2, 0, "paused", "bob")]
     assert table_in(tmp_path).look() == book
+
+
+def test_a_table_that_was_restored_and_went_on_to_the_same_number_is_read_anew(tmp_path):
+    table, folder = table_in(tmp_path), tmp_path / "lake" / PATH
+    table.act(create("r", spec(), ADA))
+    shutil.copytree(folder, tmp_path / "copy")
+    assert table.act(act(Action.PAUSE, "r", ADA)).get("r").state is RolloutState.PAUSED
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "copy", folder)
+    table_in(tmp_path).act(act(Action.ABORT, "r", ADA))
+    assert table.look().get("r").state is RolloutState.ABORTED
 
 
 def test_of_two_that_decide_on_the_same_state_one_decides_again(tmp_path):
