@@ -50,7 +50,9 @@ class BrokenPromiseError(AssertionError):
 
 
 class MemoryTable:
-    """`lake.tables.ControlTable` in memory: check-and-set, handles that may be stale."""
+    """`lake.tables.ControlTable` in memory: check-and-set, handles that may be stale. Nobody restores it."""
+
+    life = 1
 
     def __init__(self, commits: list[pa.Table]) -> None:
         self._commits = commits
