@@ -121,6 +121,12 @@ class Running:
         (pid,) = [pid for line, pid in self.children().items() if words in line]
         return pid
 
+    def catches(self, number: signal.Signals) -> bool:
+        """Whether a handler of its own is in force for a signal."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        (mask,) = [line.split()[1] for line in lines if line.startswith("SigCgt:")]
+        return bool(int(mask, 16) >> (number - 1) & 1)
+
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 

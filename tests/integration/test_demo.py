@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,9 @@ from headwater.demo import DemoResult
 from headwater.ledger import Totals
 from headwater.plan import UpOptions, plan_devices, write_recordings
 from headwater.values import compare
-from tests.integration.servers import BrokerServer, StoreServer
+from tests.integration.servers import BrokerServer, StoreServer, alive, wait_until
 from tests.integration.stacks import Running, headwater, wait_gone
 
-COUNTING_S = 3.0
-"""After the last device has ended, the demo counts."""
 # As the issue that founded the project lists them.
 KEYS = (
     "rows_accepted rows_in_lake distinct lost duplicated gaps quarantined readings_per_s ack_ms wire_bytes_per_reading "
@@ -143,8 +140,8 @@ def test_ctrl_c_while_a_demo_counts_ends_it_at_once(tmp_path: Path) -> None:
         children = list(running.children().values())
         devices = [pid for words, pid in running.children().items() if "agent.toml" in words]
         os.kill(running.child("-logtostderr=true mini"), signal.SIGSTOP)  # so that counting takes long
-        wait_gone(devices)
-        time.sleep(COUNTING_S)
+        wait_until(lambda: not running.catches(signal.SIGINT), 60.0, "the counting")
+        assert not any(alive(pid) for pid in devices)
         running.signal(signal.SIGINT)
         assert running.end(10.0) == -signal.SIGINT  # 130 for a shell
     assert running.complaints == ""
