@@ -15,6 +15,9 @@ from contract.names import shard_of
 from tests.integration.gateway_parts import ROOT, Devices, GatewayProcess, Lake, s3_environ, s3_lake
 from tests.integration.servers import PATIENCE_S, wait_until
 
+Key: TypeAlias = tuple[str, str, int]
+Rows: TypeAlias = list[float]
+
 
 def local_lake(tmp_path):
     return {"url": f"file://{tmp_path}/lake"}
@@ -76,10 +79,6 @@ def test_two_gateways_over_the_same_shards_double_nothing(mosquitto, object_stor
         wait_until(
             lambda: all(gateway.metric("pending_bytes") == 0 for gateway in (one, two)), PATIENCE_S, "nothing pends"
         )
-
-
-Key: TypeAlias = tuple[str, str, int]
-Rows: TypeAlias = list[float]
 
 
 def test_a_table_that_is_restored_or_deleted_under_running_gateways_doubles_nothing_and_goes_on(mosquitto, tmp_path):
@@ -252,8 +251,6 @@ def test_credentials_that_rotate_need_no_restart(mosquitto, object_store, tmp_pa
 def test_a_thread_that_dies_ends_the_process_so_that_it_is_started_afresh(mosquitto, tmp_path):
     program = """
 import sys
-from collections.abc import Mapping
-from typing import TypeAlias
 from gateway.acknowledger import AckBook
 from gateway.__main__ import main
 def next_ack(self): raise RuntimeError("a bug in the acknowledger")

@@ -8,6 +8,7 @@ where the release was retired meanwhile.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from lake.errors import CorruptLakeError, ObjectMissingError
 from lake.lineage import lineage_of, releases_from
 from lake.query import Lake
 from lake.raw import RawTable
-from lake.releases import Release, ReleaseRefused, Releases, ReleaseState
+from lake.releases import PATH, Release, ReleaseRefused, Releases, ReleaseState
 from lake.rollout_spec import Spec
 from lake.rollouts import RolloutTable
 from lake.store import Store
@@ -93,6 +94,22 @@ def test_two_trainers_at_once_get_two_versions(world: World) -> None:
         trainer.join(60)
     assert sorted(release.version for release in found) == [1, 2, 3, 4, 5, 6]
     assert Releases(world.store).look().releases.keys() == {(MODEL, version) for version in range(1, 7)}
+
+
+def test_releases_that_were_restored_and_went_on_to_the_same_number_are_read_anew(
+    releases: Releases, world: World, tmp_path: Path
+) -> None:
+    """Mutant tried: only the numbers compared."""
+    folder = Path(world.store.url.removeprefix("file://")) / PATH
+    published(releases)
+    shutil.copytree(folder, tmp_path / "copy")
+    gone = published(releases, seed=2)
+    assert releases.look().get(MODEL, 2) == gone
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "copy", folder)
+    other = published(Releases(world.store), seed=3)
+    assert other.version == gone.version == 2
+    assert releases.look().get(MODEL, 2) == other
 
 
 def test_the_same_content_is_one_release(releases: Releases, world: World) -> None:

@@ -516,6 +516,28 @@ def test_with_a_key_that_devices_do_not_trust_nothing_is_decided_or_signed_until
     assert desk.sent == [topics.assign("pi-1")]
 
 
+def test_after_the_table_was_restored_devices_are_told_what_holds_now(tmp_path):
+    """Mutant tried: handed out by the number of the table that the targets were made from."""
+    desk, folder = Desktop(tmp_path), tmp_path / "lake" / PATH
+    desk.controller.is_connected()
+    desk.clock.pass_s(100)
+    assert desk.stage == 0
+    desk.controller.hand_out(everybody=False)
+    assert len(desk.sent) == 1
+    shutil.copytree(folder, tmp_path / "copy")
+    number = desk.controller.act(act(Action.PAUSE, "r", ADA)).version
+    assert desk.controller.drive()
+    desk.controller.hand_out(everybody=False)
+    assert len(desk.sent) == 1
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "copy", folder)
+    restored = table_in(tmp_path).act(act(Action.ABORT, "r", ADA, rollback=True))
+    assert desk.controller.drive()
+    assert desk.controller.book.version == restored.version == number
+    desk.controller.hand_out(everybody=False)
+    assert len(desk.sent) == 2
+
+
 def test_a_bug_in_handing_out_costs_only_time(tmp_path, monkeypatch):
     desk = Desktop(tmp_path)
     desk.controller.is_connected()
