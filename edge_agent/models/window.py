@@ -74,7 +74,8 @@ class WindowRing:
         """
         if isinstance(sample, Reading):
             self._aside.append(sample)
-            if len(self._aside) < min(self._due - self._in_run, READINGS_ASIDE_MAX):
+            # `rows` is what a new run takes, if one of them begins it: with long strides, sooner than this one would.
+            if len(self._aside) < min(self._due - self._in_run, self._rows, READINGS_ASIDE_MAX):
                 return iter(())
             return self._feed_readings()
         return chain(self._feed_readings(), self._feed_block(sample))

@@ -125,6 +125,14 @@ def test_a_window_is_there_with_its_last_reading() -> None:
     assert [n for n, count in enumerate(found) if count] == [99, 139, 179]
 
 
+def test_a_window_of_a_new_run_is_there_with_its_last_reading_where_strides_are_long() -> None:
+    """Mutant tried: readings put aside for as long as the run that a gap ended would have had to wait."""
+    ring = WindowRing(Window(rows=4, stride=20, gap_s=1), ["a"])
+    ts_us = [*range(6), *range(10_000_000, 10_000_004)]
+    found = [len(list(ring.feed(Reading({"a": 1.0}, us)))) for us in ts_us]
+    assert [n for n, count in enumerate(found) if count] == [3, 9]
+
+
 def test_after_a_reading_that_does_not_fit_a_new_run_begins_with_the_next() -> None:
     """Mutant tried: what was put aside after it forgotten."""
     ring, cuts = WindowRing(Window(rows=4, stride=4, gap_s=10), ["a"]), []
