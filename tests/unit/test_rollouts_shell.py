@@ -1,7 +1,6 @@
-"""The rollout table over its real format, what is written by people, what is published, and when nothing is decided.
+"""The rollout table over its real format, what is published, and when nothing is decided.
 
-Mutants tried, each found here: an append without check-and-set; a row of a newer release that ends the fold; a draft
-release started; orders published to who has read them; nothing published after the broker took no more; decisions
+Mutants tried, each found here: an append without check-and-set; a row of a newer release that ends the fold; orders published to who has read them; nothing published after the broker took no more; decisions
 without a connection, before the settling, before the register is loaded, without a key; an order that waits and is
 never signed anew.
 """
@@ -22,7 +21,6 @@ from contract.models import Assignment, DeviceState
 from gateway.devices import Device
 from gateway.rollouts.actions import Action, Person, act, create
 from gateway.rollouts.controller import RolloutController
-from gateway.rollouts.ordering import specified
 from gateway.rollouts.publisher import SLICE, Publisher
 from gateway.rollouts.sealing import KeyFile
 from gateway.rollouts.targets import Targets
@@ -30,7 +28,6 @@ from gateway.settings import RolloutSettings
 from gateway.watch import LakeHealth
 from lake.errors import CommitConflictError, StoreUnavailableError
 from lake.ledger import table_of
-from lake.releases import ReleaseRefused, Releases
 from lake.rollout_spec import Stage
 from lake.rollouts import (
     PATH,
@@ -46,8 +43,7 @@ from lake.rollouts import (
 from lake.store import Store, StoreSettings
 from lake.tables import ControlTable
 from lake.trust.keys import generate_key, write_key
-from tests.integration.release_parts import release, retire
-from tests.rollout_devices import MODEL, SimulatedDevice, manifest_of, numbered, spec
+from tests.rollout_devices import MODEL, SimulatedDevice, numbered, spec
 from tests.unit.gateway_parts import Clocks, fresh_metrics, value
 
 ADA = Person("ada", "a test", 1_000)
@@ -172,84 +168,6 @@ def test_rows_that_fit_nothing_change_nothing(tmp_path):
     assert table_in(tmp_path).look().get("r").state is RolloutState.DRAFT
 
 
-# What people write.
-
-
-def test_a_specification_is_completed_from_the_registry_and_the_defaults(tmp_path):
-    store = store_in(tmp_path)
-    made = [release(store, manifest_of(MODEL), bytes([number])) for number in range(3)]
-    release(store, manifest_of(MODEL), b"draft", approved=False)
-    releases = Releases(store)
-    found = specified({"model": MODEL}, releases.look(), "")
-    assert (found.version, found.sha256) == (3, made[2].artifact.sha256)
-    assert [stage.percent for stage in found.stages] == [10, 50, 100]
-    raw = {
-        "model": MODEL,
-        "version": 2,
-        "previous": 1,
-        "target": ["tag:north", "device:pi-9", "tag:south"],
-        "stage": {"bake_s": 7, "guard": {"error_share_max": 0.1}},
-        "stages": ["tag:canary", {"percent": 50, "bake_s": 9}, "100%"],
-    }
-    found = specified(raw, releases.look(), "")
-    assert (found.previous, found.previous_sha256) == (1, made[0].artifact.sha256)
-    assert (found.target.tags, found.target.devices) == (("north", "south"), ("pi-9",))
-    assert [stage.bake_s for stage in found.stages] == [7, 9, 7]
-    assert found.stages[0].tags == ("canary",)
-    assert found.stages[2].guard.error_share_max == 0.1
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "told"),
-    [
-        ({"version": 4}, RolloutRefused, "release wear@4 is draft, .*; approve it first"),
-        ({"version": 1}, RolloutRefused, "release wear@1 is retired"),
-        ({"version": 9}, ReleaseRefused, "there is no release wear@9"),
-        ({"previous": 1}, RolloutRefused, "wear@1 is retired"),
-        ({"model": "other"}, ReleaseRefused, "there is no release other@3"),
-        ({"model": 3}, ConfigurationError, "model, version or previous"),
-        ({"sha256": "0" * 64}, ConfigurationError, "file: sha256 is looked up"),
-        ({"stages": "10%"}, ConfigurationError, "stages is no list"),
-        ({"stages": ["x%"]}, ConfigurationError, "'x%' is no percentage"),
-        ({"stages": ["half"]}, ConfigurationError, "'half' names no devices"),
-        ({"stages": ["101%"]}, ConfigurationError, "percent"),
-        ({"target": ["pi-1"]}, ConfigurationError, "'pi-1' names no devices; write 10%, tag:NAME or device:NAME"),
-        ({"speed": 1}, ConfigurationError, "file: speed = 1 is an unknown key"),
-    ],
-)
-def test_a_specification_that_cannot_be_says_what_to_write_instead(tmp_path, changes, error, told):
-    store = store_in(tmp_path)
-    retired = release(store, manifest_of(MODEL), b"1")
-    for content in (b"2", b"3"):
-        release(store, manifest_of(MODEL), content)
-    release(store, manifest_of(MODEL), b"4", approved=False)
-    retire(store, retired)
-    with pytest.raises(error, match=told):
-        specified({"model": MODEL, "version": 3} | changes, Releases(store).look(), "file: ")
-
-
-def test_a_rollback_to_a_release_that_was_retired_is_refused_in_words(tmp_path):
-    store = store_in(tmp_path)
-    made = [release(store, manifest_of(MODEL), bytes([number])) for number in range(2)]
-    releases = Releases(store)
-    order = specified({"model": MODEL, "version": 2, "previous": 1}, releases.look(), "")
-    commits = begun(order=order)
-    book = fold([*numbered(commits[0], 0), *numbered(commits[1], 1)], 2)
-    draft = fold(numbered(create("r", order, ADA, draft=True)(fold([])), 0), 1)
-    allowed = act(Action.ROLLBACK, "r", ADA, releases=releases.look())(book)
-    assert [event.event for event in allowed] == [EventKind.ABORTED, EventKind.ROLLED_BACK]
-    retire(store, made[0])
-    now = releases.look()
-    for action, rollouts, options in (
-        (Action.ROLLBACK, book, {}),
-        (Action.ABORT, book, {"rollback": True}),
-        (Action.START, draft, {}),
-    ):
-        with pytest.raises(RolloutRefused, match=r"wear@1, which is retired, .*; start a rollout of one that is"):
-            act(action, "r", ADA, releases=now, **options)(rollouts)
-    assert [event.event for event in act(Action.ABORT, "r", ADA, releases=now)(book)] == [EventKind.ABORTED]
-
-
 # What is published.
 
 
@@ -293,10 +211,10 @@ class Desk:
         return [topic.rpartition("/")[2] for topic, _ in self.sent[before:]]
 
 
-def begun(name="r", order=None):
+def begun(order=None):
     order = order or spec(stages=EVERYBODY)
-    stage = RolloutEvent(1, name, order.model, "gateway", EventKind.STAGE_STARTED, "")
-    return [create(name, order, ADA)(fold([])), [stage]]
+    stage = RolloutEvent(1, "r", order.model, "gateway", EventKind.STAGE_STARTED, "")
+    return [create("r", order, ADA)(fold([])), [stage]]
 
 
 def test_an_order_goes_to_who_has_not_read_it_and_again_only_when_there_is_a_reason():
@@ -588,20 +506,3 @@ def test_a_lake_that_does_not_answer_and_a_bug_cost_only_time(tmp_path, monkeypa
         assert not desk.controller.drive()
     assert value(desk.metrics, "faults_total", where="rollouts") == 1
     assert desk.controller.drive()
-
-
-@pytest.mark.parametrize(
-    ("raw", "said"),
-    [
-        ({"stages": [{"percent": 10, "committed_share_min": 7.0}]}, r"\[stages\[0\]\] committed_share_min = 7\.0: "),
-        (
-            {"stages": ["10%", {"percent": 50, "guard": {"bogus": 1}}]},
-            r"bogus = 1 is an unknown key; .*latency_ms_p99_max",
-        ),
-    ],
-)
-def test_a_mistake_in_a_stage_is_named_with_its_value(tmp_path, raw, said):
-    store = store_in(tmp_path)
-    release(store, manifest_of(MODEL), b"one")
-    with pytest.raises(ConfigurationError, match=said):
-        specified({"model": MODEL, **raw}, Releases(store).look(), "")
