@@ -1,8 +1,8 @@
 """The rollout table over its real format, what is published, and when nothing is decided.
 
-Mutants tried, each found here: an append without check-and-set; a row of a newer release that ends the fold; orders published to who has read them; nothing published after the broker took no more; decisions
-without a connection, before the settling, before the register is loaded, without a key; an order that waits and is
-never signed anew.
+Mutants tried, each found here: an append without check-and-set; a row of a newer release that ends the fold; orders
+published to who has read them; nothing published after the broker took no more; decisions without a connection,
+before the settling, before the register is loaded, without a key; an order that waits and is never signed anew.
 """
 
 from __future__ import annotations
