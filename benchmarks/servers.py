@@ -79,15 +79,18 @@ class BenchServers:
         )
         self.supervisor.start([broker.spec(), store.spec(), gateway], START_TIMEOUT_S)
 
-    def keep_to_first_core(self) -> None:
-        """Leave the other cores to what is started from now on; with one core alone, nothing."""
+    def divide_cores(self, away: str) -> None:
+        """Keep the servers to the first core, and the process `away` to the others; with one core alone, nothing.
+
+        Threads that they start later inherit it.
+        """
         first, *others = sorted(os.sched_getaffinity(0))
         if not others:
             return
-        for name in (BROKER, STORE, GATEWAY):
+        for name in (BROKER, STORE, GATEWAY, away):
             for process in self._family(name):
                 for thread in process.threads():
-                    os.sched_setaffinity(thread.id, {first})
+                    os.sched_setaffinity(thread.id, others if name == away else {first})
 
     def start(self, name: str, argv: tuple[str, ...]) -> None:
         """Start one more process."""

@@ -141,13 +141,25 @@ class Recorder:
     def run(self) -> None:
         """Work until finished."""
         while not self._finishing.is_set():
-            self._work.wait(self._sleep_s())
-            self._work.clear()
+            self._await_work()
             self._round()
             self._finishing.wait(ROUND_S)
         self._end()
 
     # One round.
+
+    def _await_work(self) -> None:
+        """Return with a sample that was put just now, so that the round is over long before the next one is due.
+
+        Rounds at moments of their own would drift over those of a sampler and hold the interpreter when it wakes. So
+        what came during the pause waits for the next sample, though not for long: there may be none.
+        """
+        if self._work.is_set():
+            self._work.clear()
+            self._work.wait(ROUND_S)
+        else:
+            self._work.wait(self._sleep_s())
+        self._work.clear()
 
     def _sleep_s(self) -> float:
         now_s = self._clock.monotonic_s()

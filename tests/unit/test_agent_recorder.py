@@ -71,6 +71,8 @@ class Disk(MemoryBuffer):
 class Bench:
     def __init__(self, disk: Disk, streams: Sequence[str] = ("s",), **settings: Any) -> None:
         self.disk, self.events = disk, EventLog()
+        self.rounds: list[float] = []
+        """Of each sample, in which round it was taken: when that began."""
         self.metrics = AgentMetrics(CollectorRegistry())
         self.new_lanes: list[bool] = []
         chosen = BatchSettings(**{"max_batch_rows": 10, "max_batch_age_s": 0.05, **settings})
@@ -82,6 +84,7 @@ class Bench:
             events=self.events,
             stored=self.new_lanes.append,
             rng=random.Random(1),
+            tap=lambda stream, schema, sample: self.rounds.append(self.recorder.progress_s),
         )
         self.thread = threading.Thread(target=self.recorder.run)
         self.thread.start()
@@ -340,3 +343,22 @@ def test_rows_that_break_the_contract_are_counted_and_told_and_the_stream_goes_o
     wait_until(one.told, "told")
     assert (one.told()[0]["kind"], one.told()[0]["rows"]) == ("dropped", 1)
     assert "empty_batch" in one.told()[0]["detail"]
+
+
+def test_what_comes_between_rounds_waits_for_the_next_sample_so_that_a_round_is_over_long_before_one_is_due(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutants tried: a round as soon as the pause is over; one that waits for a next sample for as long as it takes."""
+    monkeypatch.setattr(recorder_module, "ROUND_S", 1.0)
+    monkeypatch.setattr(recorder_module, "IDLE_S", 60.0)
+    made = bench(Disk(), max_batch_rows=100, max_batch_age_s=60.0)
+    made.put(1)
+    wait_until(lambda: len(made.rounds) == 1, "a sample that comes to an idle recorder is taken at once")
+    made.put(1, first=1)
+    time.sleep(1.5)  # the pause is over, and half of the time that the second sample waits for another
+    made.put(1, first=2)
+    wait_until(lambda: len(made.rounds) == 3, "the third sample begins a round")
+    assert made.rounds[0] < made.rounds[1] == made.rounds[2]
+    made.put(1, first=3)
+    wait_until(lambda: len(made.rounds) == 4, "a sample that none comes after is taken all the same")
+    assert 1.5 < made.rounds[3] - made.rounds[2] < 10
