@@ -18,7 +18,7 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from lake.columns import DATE
 from lake.errors import CommitConflictError, ObjectMissingError
-from lake.log import TransactionLog
+from lake.log import NAME, TransactionLog
 from lake.store import Store
 
 _log = structlog.get_logger()
@@ -48,6 +48,8 @@ class DeltaHandle:
         self._log = TransactionLog(store, path)
         self._mark: tuple[int, str] = (-1, "")
         """A version that was seen, and the mark of its commit."""
+        self._own: set[str] = set()
+        """Names of commits by this handle that no refresh has seen yet."""
         self._life = 0
 
     @property
@@ -57,7 +59,7 @@ class DeltaHandle:
 
     @property
     def life(self) -> int:
-        """Another number whenever a refresh opened the table anew: it may be another one, restored or made again.
+        """Another number whenever a refresh found a table that may be another one, restored or made again.
 
         No two handles of a process have the same.
         """
@@ -72,15 +74,18 @@ class DeltaHandle:
         """See the latest commit. That there is no table is fine.
 
         A table that was deleted, or replaced by an older copy, is opened anew: delta-rs goes by version numbers alone,
-        and would go on from a version that is not there any more.
+        and would go on from a version that is not there any more. Where the copy goes as far as this handle has seen,
+        nothing shows but that commits of its own, which it has not seen, are gone.
 
         Raises:
             StoreUnavailableError: the store did not answer. The next refresh opens the table anew.
         """
         table, self._table = self._table, None
+        own, self._own = self._own, set()
         if table is not None and not self._stands(table.version()):
             _log.warning("table_opened_anew", table=self.path, lake=self._store.url, version=table.version())
             table = None
+        base = None if table is None else table.version()
         if table is None:
             self._life, self._mark = next(_LIVES), (-1, "")
         try:
@@ -95,6 +100,9 @@ class DeltaHandle:
             return
         self._log.advance(table.version())
         self._see(table.version())
+        if base is not None and own and not own <= self._log.names(base + 1, table.version()):
+            _log.warning("table_lost_commits", table=self.path, lake=self._store.url, version=base)
+            self._life = next(_LIVES)
         self._table = table
 
     def transaction(self, app_id: str) -> int:
@@ -170,6 +178,7 @@ class DeltaHandle:
         if table is None:
             raise CommitConflictError(f"table {self.path} is not open; refresh and check again")
         actions: list[AddAction | RemoveAction] = list(files)
+        name = secrets.token_hex(16)
         with self._store.translated(f"commit to table {self.path}"):
             table.create_write_transaction(
                 actions,
@@ -177,9 +186,11 @@ class DeltaHandle:
                 schema=table.schema(),
                 partition_by=[DATE],
                 commit_properties=CommitProperties(
-                    app_transactions=[Transaction(app_id, version) for app_id, version in transactions.items()]
+                    custom_metadata={NAME: name},
+                    app_transactions=[Transaction(app_id, version) for app_id, version in transactions.items()],
                 ),
             )
+        self._own.add(name)
         self._store.sync_commits(self.path, table.version())
 
     def read(self) -> pa.Table:

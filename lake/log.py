@@ -25,13 +25,22 @@ _CHECKPOINT = re.compile(r"(\d{20})\.checkpoint\.parquet")
 _OTHER_CHECKPOINT = re.compile(r"\d{20}\.checkpoint\..+")
 
 
+NAME = "headwaterCommit"
+"""Key in `commitInfo` of what a handle calls its commit, to know it again."""
+
+
 class _Transaction(msgspec.Struct, rename="camel"):
     app_id: str
     version: int
 
 
-class _Action(msgspec.Struct):
+class _CommitInfo(msgspec.Struct):
+    name: str = msgspec.field(name=NAME, default="")
+
+
+class _Action(msgspec.Struct, rename="camel"):
     txn: _Transaction | None = None
+    commit_info: _CommitInfo | None = None
 
 
 _decode = msgspec.json.Decoder(_Action).decode
@@ -52,6 +61,8 @@ class TransactionLog:
         self._log = f"{table}/_delta_log"
         self._kept_max = kept_max
         self._versions: dict[str, int] = {}
+        self._names: dict[int, str] = {}
+        """Of the commits that the last `advance` read."""
         self._at = -1
         self._complete = False
 
@@ -61,6 +72,7 @@ class TransactionLog:
         Raises:
             StoreUnavailableError: the store did not answer.
         """
+        self._names = {}
         if self._complete and self._at == version:
             return
         try:
@@ -79,11 +91,22 @@ class TransactionLog:
 
     def forget(self) -> None:
         """Know nothing any more: the table is another one."""
-        self._versions, self._at, self._complete = {}, -1, False
+        self._versions, self._names, self._at, self._complete = {}, {}, -1, False
 
     def get(self, app_id: str) -> int | None:
         """Version of an application transaction, 0 where there is none; None where this shortcut cannot tell."""
         return self._versions.get(app_id, 0) if self._complete else None
+
+    def names(self, first: int, last: int) -> set[str]:
+        """What the commits of these versions, both included, are called. One that is not in the log has no name.
+
+        Raises:
+            StoreUnavailableError: the store did not answer.
+        """
+        found = {
+            self._names[number] if number in self._names else self._name(number) for number in range(first, last + 1)
+        }
+        return found - {""}
 
     def app_ids(self) -> list[str] | None:
         """All application transactions; None where this shortcut cannot tell."""
@@ -122,12 +145,21 @@ class TransactionLog:
         self._versions.update(zip(names, versions, strict=True))
 
     def _read_commit(self, number: int) -> None:
-        self._versions.update(_transactions(self._store.get(f"{self._log}/{number:020d}.json").splitlines()))
-
-
-def _transactions(lines: Iterable[bytes]) -> Iterable[tuple[str, int]]:
-    for line in lines:
-        if line.startswith(b'{"txn"') or b'"txn"' in line[:64]:
-            action = _decode(line)
+        self._names[number] = ""
+        for action in self._actions(number):
             if action.txn is not None:
-                yield action.txn.app_id, action.txn.version
+                self._versions[action.txn.app_id] = action.txn.version
+            if action.commit_info is not None:
+                self._names[number] = action.commit_info.name
+
+    def _name(self, number: int) -> str:
+        try:
+            return next((info.name for action in self._actions(number) if (info := action.commit_info)), "")
+        except (ObjectMissingError, msgspec.MsgspecError):
+            return ""
+
+    def _actions(self, number: int) -> Iterable[_Action]:
+        """Those that are looked at here; the others of a commit are many, and long."""
+        for line in self._store.get(f"{self._log}/{number:020d}.json").splitlines():
+            if b'"txn"' in line[:64] or b'"commitInfo"' in line[:64]:
+                yield _decode(line)

@@ -4,8 +4,8 @@ Nobody should do that (docs/lake.md), but a lake that is restored must cost time
 still has, and never double one.
 
 Mutants tried, each made a test here fail: a commit that is gone, and one that is another, taken for the one that was
-seen; none taken for the one that was not there either; the columns and the schema objects of before kept; quarantine
-believed to be written; the same for who asks (`lake.catalog`).
+seen; none taken for the one that was not there either; commits of its own not looked for; the columns and the schema
+objects of before kept; quarantine believed to be written; the same for who asks (`lake.catalog`).
 """
 
 from __future__ import annotations
@@ -112,6 +112,24 @@ class ReplacedTableSuite:
         assert table.unfit(rows(y=pa.array(["a", "b", "c"])).schema) is None
         bring_in(table, 10 + commits)
         assert batches_in(store, "s") == [(A, seq, 3) for seq in (1, 2, *range(10, 11 + commits))]
+
+    @pytest.mark.parametrize("others", [0, 1, 2])
+    def test_a_copy_that_goes_as_far_as_was_seen_lacks_a_commit_that_was_made(self, store: Store, others: int) -> None:
+        """An object store goes by content, and on a disk a copy may get the same times and the same inode: what was
+        seen looks as it was, and only what this handle committed last, and has not seen, is gone."""
+        table, other = RawTable(store, "s"), RawTable(store, "s")
+        bring_in(table, 1, 2)
+        life, version = table.life, table.version
+        store.delete(f"raw/s/_delta_log/{version + 1:020d}.json")
+        bring_in(other, *range(2, 2 + others))
+        table.refresh()
+        assert table.life != life
+        assert (table.watermark(A, EPOCH), table.shard_counter(shard_of(A))) == (1 + others, 1 + others)
+        life = table.life
+        bring_in(table, 2 + others)
+        table.refresh()
+        assert table.life == life
+        assert batches_in(store, "s") == [(A, seq, 3) for seq in range(1, 3 + others)]
 
     def test_a_table_whose_last_commit_was_cleaned_up_is_not_trusted_for_that(self, store: Store) -> None:
         """Only its checkpoint is left: nothing tells this table from another."""

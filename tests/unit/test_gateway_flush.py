@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from contract.errors import TemporaryError
+from gateway.committer import settle
 from gateway.flush import FAULTS_MAX, Flusher, FlushPool, Job, settle_apart
 from gateway.ports import Lane
 from lake.memory import MemoryLake, MemoryRawTable
+from lake.raw import RawTable, table_path
+from lake.store import Store, StoreSettings
 from tests.unit.gateway_parts import EPOCH, STREAM, MemoryQuarantine, fresh_metrics, pending, value
 
 
@@ -141,6 +144,27 @@ def test_a_flush_never_throws():
         assert done.outcome is None
         assert done.error is error
         assert value(metrics, "faults_total", where="flush") == faults
+
+
+def test_a_copy_that_lacks_only_this_gateways_last_commit_doubles_nothing_of_what_another_went_on_with(tmp_path):
+    """The restored table looks as this gateway saw it, and its counters come to what this gateway made them.
+
+    Mutant tried: a handle that does not look for its own commits; batch 4 was stored twice.
+    """
+    store = Store(StoreSettings(url=f"file://{tmp_path}", fsync=False))
+    one, other = RawTable(store, STREAM), RawTable(store, STREAM)
+    quarantine = MemoryQuarantine()
+    one.refresh()
+    believed = settle(STREAM, one, quarantine, [pending(1)], {}, {}, one.life)
+    for seq in (2, 3):
+        beliefs = believed.committed, believed.counters, believed.life
+        believed = settle(STREAM, one, quarantine, [pending(seq)], *beliefs)
+    store.delete(f"{table_path(STREAM)}/_delta_log/{one.version + 1:020d}.json")
+    fresh = pending(4, floor=4)
+    settle(STREAM, other, quarantine, [fresh], {}, {}, other.life)
+    outcome = settle(STREAM, one, quarantine, [fresh], believed.committed, believed.counters, believed.life)
+    assert (outcome.duplicates, outcome.batches) == (1, 0)
+    assert one.watermark(*fresh.lane) == 4
 
 
 def test_the_pool_does_every_job_and_ends():

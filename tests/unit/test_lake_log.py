@@ -14,7 +14,7 @@ import pytest
 from deltalake import CommitProperties, DeltaTable, Field, Schema, Transaction
 from deltalake.schema import PrimitiveType
 
-from lake.log import TransactionLog
+from lake.log import NAME, TransactionLog
 from lake.store import Store, StoreSettings
 
 
@@ -126,3 +126,16 @@ def test_it_can_go_back(store: Store) -> None:
     log.advance(5)
     log.advance(2)
     assert log.get("a") == 2
+
+
+def test_a_commit_that_was_named_is_known_again_whether_it_was_just_read_or_not(store: Store) -> None:
+    table = create(store)
+    for name in ("a", "b"):
+        properties = CommitProperties(custom_metadata={NAME: name})
+        table.create_write_transaction([], "append", table.schema(), ["date"], commit_properties=properties)
+        table.update_incremental()
+    commit(table, x=1)
+    log = TransactionLog(store, "t")
+    for version in (3, 3, 1):
+        log.advance(version)
+        assert (log.names(0, 3), log.names(2, 3), log.names(3, 9)) == ({"a", "b"}, {"b"}, set()), version
