@@ -9,6 +9,7 @@ silence of the broker not noticed; the acknowledgement of a message forgotten; a
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 import subprocess
@@ -296,7 +297,8 @@ class Answering:
                 peer, _ = self._server.accept()
             except OSError:
                 return  # closed
-            with peer:
+            # A gateway may leave with bytes of ours unread, which resets the connection.
+            with peer, contextlib.suppress(ConnectionError):
                 self._converse(peer)
 
     def _converse(self, peer: socket.socket) -> None:
