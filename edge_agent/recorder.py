@@ -28,7 +28,8 @@ from edge_agent.sensors.port import Sample
 _log = structlog.get_logger()
 
 ROUND_S = 0.02
-"""Shortest time between two rounds: a kHz sensor that puts single readings must not wake the thread for each."""
+"""Shortest time between two rounds: a kHz sensor that puts single readings must not wake the thread for each. And the
+longest that what came meanwhile then waits for the next sample."""
 IDLE_S = 1.0
 """Longest sleep: the thread shows that it is alive."""
 MAINTAIN_S = 5.0

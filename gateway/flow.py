@@ -120,7 +120,7 @@ class Flow:
         self._counters.update(outcome.counters)
         if outcome.foreign_shards or renewed:
             # Another gateway committed in these shards, so what is believed of their other lanes may be too low. And of
-            # a table that was opened anew nothing is known: it may have been restored.
+            # a table that may be another one, restored or made again, nothing is known.
             for lane, state in self._lanes.items():
                 if (renewed or state.shard in outcome.foreign_shards) and lane not in outcome.committed:
                     state.committed = None

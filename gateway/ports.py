@@ -52,7 +52,7 @@ class StreamTable(Protocol):
 
     @property
     def life(self) -> int:
-        """Another number whenever a refresh opened the table anew: beliefs of before may be about another one."""
+        """Another number whenever a refresh found a table that may be another: beliefs of before may be about that."""
 
     def refresh(self) -> None:
         """See the latest commit."""

@@ -24,7 +24,7 @@ class Table(Protocol):
 
     @property
     def life(self) -> int:
-        """Another number whenever a refresh opened the table anew: it may be another one, restored or made again."""
+        """Another number whenever a refresh found a table that may be another one, restored or made again."""
 
     def refresh(self) -> None:
         """See the latest commit."""

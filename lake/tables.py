@@ -57,7 +57,7 @@ class ControlTable:
 
     @property
     def life(self) -> int:
-        """Another number whenever a refresh opened the table anew: what was known of it may not hold any more."""
+        """Another number whenever a refresh found a table that may be another: what was known of it may not hold."""
         return self._handle.life
 
     def read(self) -> pa.Table:
