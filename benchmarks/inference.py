@@ -33,6 +33,7 @@ RUNS, REPEATS = 2_000, 5
 RATE_HZ = 100.0
 WARM_UP_S, SECONDS, PAIRS = 8.0, 30.0, 9
 SLICE_S = 5.0
+RESAMPLES = 2_000
 TARGET_RATIO, TARGET_RSS_MIB = 1.2, 120e6 / 2**20
 
 
@@ -56,8 +57,10 @@ def measure() -> list[Result]:
     # some slices, whereas a model is at work in each: hence the lower quartile.
     without, with_model = (np.concatenate([each.jitter_us for each in agents]) for agents in (quiet, busy))
     quiet_us, busy_us = float(np.quantile(without, 0.25)), float(np.quantile(with_model, 0.25))
+    low_us, high_us = _difference_us([each.jitter_us for each in quiet], [each.jitter_us for each in busy])
     text = (
         f"without one {quiet_us:.0f} µs; lower quartiles of {len(without)} times {SLICE_S:g} s each; "
+        f"{busy_us - quiet_us:+.0f} µs, 95 % of resampled pairs {low_us:+.0f} to {high_us:+.0f}; "
         f"medians {np.median(with_model):.0f} with, {np.median(without):.0f} without"
     )
     results.append(result("sampling_jitter_p99_us_with_a_model", [busy_us], "µs", text, quiet_us))
@@ -223,3 +226,16 @@ def _jitter_us(read_ns: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     slices = away_us[: len(away_us) // rows * rows].reshape(-1, rows)
     jitter_us: npt.NDArray[np.float64] = np.quantile(slices, 0.99, axis=1)
     return jitter_us
+
+
+def _difference_us(quiet: list[npt.NDArray[np.float64]], busy: list[npt.NDArray[np.float64]]) -> tuple[float, float]:
+    """Between which bounds the difference of the lower quartiles lies: percentile bootstrap (Efron 1979) over whole
+    pairs, because the slices of one pair share the machine's mood and are no independent trials."""
+    rng = np.random.default_rng(1)
+    differences_us = []
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(0, len(quiet), len(quiet))
+        without, with_model = (np.concatenate([arm[each] for each in drawn]) for arm in (quiet, busy))
+        differences_us.append(np.quantile(with_model, 0.25) - np.quantile(without, 0.25))
+    low_us, high_us = np.quantile(differences_us, (0.025, 0.975))
+    return float(low_us), float(high_us)
