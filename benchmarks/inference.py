@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 import pyarrow as pa
+from scipy.stats import bootstrap
 from sklearn.ensemble import RandomForestClassifier
 
 from benchmarks.report import Result, result
@@ -56,8 +57,8 @@ def measure() -> list[Result]:
     # A shared machine is late by milliseconds for seconds on end, whatever the agent does. That only adds, and only to
     # some slices, whereas a model is at work in each: hence the lower quartile.
     without, with_model = (np.concatenate([each.jitter_us for each in agents]) for agents in (quiet, busy))
-    quiet_us, busy_us = float(np.quantile(without, 0.25)), float(np.quantile(with_model, 0.25))
-    low_us, high_us = _difference_us([each.jitter_us for each in quiet], [each.jitter_us for each in busy])
+    quiet_us, busy_us = _lower_quartile_us(quiet), _lower_quartile_us(busy)
+    low_us, high_us = _difference_us(quiet, busy)
     text = (
         f"without one {quiet_us:.0f} µs; lower quartiles of {len(without)} times {SLICE_S:g} s each; "
         f"{busy_us - quiet_us:+.0f} µs, 95 % of resampled pairs {low_us:+.0f} to {high_us:+.0f}; "
@@ -228,14 +229,24 @@ def _jitter_us(read_ns: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     return jitter_us
 
 
-def _difference_us(quiet: list[npt.NDArray[np.float64]], busy: list[npt.NDArray[np.float64]]) -> tuple[float, float]:
-    """Between which bounds the difference of the lower quartiles lies: percentile bootstrap (Efron 1979) over whole
-    pairs, because the slices of one pair share the machine's mood and are no independent trials."""
-    rng = np.random.default_rng(1)
-    differences_us = []
-    for _ in range(RESAMPLES):
-        drawn = rng.integers(0, len(quiet), len(quiet))
-        without, with_model = (np.concatenate([arm[each] for each in drawn]) for arm in (quiet, busy))
-        differences_us.append(np.quantile(with_model, 0.25) - np.quantile(without, 0.25))
-    low_us, high_us = np.quantile(differences_us, (0.025, 0.975))
-    return float(low_us), float(high_us)
+def _lower_quartile_us(agents: list[Figures]) -> float:
+    return float(np.quantile(np.concatenate([each.jitter_us for each in agents]), 0.25))
+
+
+def _difference_us(quiet: list[Figures], busy: list[Figures]) -> tuple[float, float]:
+    """Between which bounds the difference of the lower quartiles lies, with 95 % confidence: percentile bootstrap
+    (Efron 1979) over whole pairs, because the slices of one pair share the machine's mood and are no independent
+    trials."""
+
+    def difference_us(pairs: npt.NDArray[np.int64]) -> float:
+        return _lower_quartile_us([busy[each] for each in pairs]) - _lower_quartile_us([quiet[each] for each in pairs])
+
+    bounds_us = bootstrap(
+        (np.arange(len(quiet)),),
+        difference_us,
+        vectorized=False,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    return float(bounds_us.low), float(bounds_us.high)
